@@ -1,0 +1,35 @@
+"""Variational autoencoders written as Pyro programs.
+
+>>> vae = pyrovae.VAE(prior, likelihood, guide)               # doctest: +SKIP
+>>> history = pyrovae.fit(vae, train, valid=valid)            # doctest: +SKIP
+>>> print(pyrovae.log_px(vae.model, vae.guide, test))         # doctest: +SKIP
+"""
+
+from pyrovae import data, evidence, guides, likelihoods, nets, objectives, plotting, priors
+from pyrovae.evidence import LogPx, elbo, log_px
+from pyrovae.program import Program
+from pyrovae.runs import load, save
+from pyrovae.training import NonFiniteLoss, fit
+from pyrovae.vae import VAE
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "VAE",
+    "LogPx",
+    "NonFiniteLoss",
+    "Program",
+    "data",
+    "elbo",
+    "evidence",
+    "fit",
+    "guides",
+    "likelihoods",
+    "load",
+    "log_px",
+    "nets",
+    "objectives",
+    "plotting",
+    "priors",
+    "save",
+]

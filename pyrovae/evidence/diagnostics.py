@@ -1,0 +1,77 @@
+"""What the log weights of one datum say of the estimate made from them.
+
+Every function takes log weights with shape `(K, N)` in nats and returns shape `(N,)`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from arviz_stats.base import array_stats
+from torch import Tensor
+
+CONSTANT = 1e-3
+"""Weights whose logarithms spread less than this are constant: what is left is rounding."""
+
+
+def log_mean_exp(log_w: Tensor) -> Tensor:
+    r"""Log of the mean weight, :math:`\log \tfrac1K \sum_k w_k`."""
+    return log_w.logsumexp(0) - math.log(len(log_w))
+
+
+def std_error(log_w: Tensor) -> Tensor:
+    """Standard error of `log_mean_exp` by the delta method; NaN for one particle.
+
+    To be trusted only where the weights have a variance: see `khat`.
+    """
+    k = len(log_w)
+    if k == 1:
+        return torch.full_like(log_w[0], math.nan)
+    return ((k / effective_sample_size(log_w) - 1).clamp(min=0) / (k - 1)).sqrt()
+
+
+def effective_sample_size(log_w: Tensor) -> Tensor:
+    r"""How many equal weights would be as good, :math:`(\sum w)^2 / \sum w^2`.
+
+    References:
+        A Note on the Effective Sample Size (Kong, 1992)
+    """
+    return (2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)).exp()
+
+
+def gain_per_doubling(log_w: Tensor) -> Tensor:
+    """What the last doubling of K added: L_K less the mean over its two halves; NaN for K = 1."""
+    if len(log_w) == 1:
+        return torch.full_like(log_w[0], math.nan)
+    halves = torch.stack([log_mean_exp(half) for half in log_w.tensor_split(2)])
+    return log_mean_exp(log_w) - halves.mean(0)
+
+
+def khat(log_w: Tensor) -> Tensor:
+    """Shape of the weights' right tail: above 0.7 neither estimate nor error can be relied on.
+
+    -inf where all weights are equal; NaN for too few particles to fit a tail.
+
+    References:
+        Pareto Smoothed Importance Sampling (Vehtari et al., 2024), arXiv:1507.02646
+    """
+    spread = log_w.amax(0) - log_w.amin(0)
+    values = [
+        -math.inf if constant else _tail_shape(column)
+        for constant, column in zip(spread < CONSTANT, log_w.T.cpu().numpy(), strict=True)
+    ]
+    return torch.tensor(values, dtype=log_w.dtype, device=log_w.device)
+
+
+def _tail_shape(log_w: np.ndarray) -> float:
+    finite = np.isfinite(log_w)
+    if not finite.any():
+        return math.nan
+    floor = log_w[finite].min() - 100  # arviz fits no infinities; this is a weight of zero too
+    try:
+        _, shape = array_stats.psislw(-np.where(finite, log_w, floor))
+    except (ValueError, IndexError):
+        return math.nan
+    return float(shape)

@@ -1,0 +1,209 @@
+"""Networks: tensors to tensors, no probability.
+
+A recipe such as `MLP(hidden=(200, 200))` says what kind of network it is; called with the shapes
+that go in and come out, it makes one. So a part asks for as many outputs as its distribution has
+parameters, and swapping parts never edits a network.
+
+All layers but the last may run in reduced precision (see `autocast`); the last one never does:
+rounded to bfloat16, the parameters of a sharp density are off by whole nats.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
+from itertools import pairwise
+
+from torch import Tensor, nn
+from torch import zeros as torch_zeros
+
+from pyrovae._config import Configurable, shape_of
+
+__all__ = ["MLP", "Conv", "Net", "Network", "autocast"]
+
+Shape = tuple[int, ...]
+
+autocast: ContextVar[Callable[[], AbstractContextManager]] = ContextVar(
+    "autocast", default=nullcontext
+)
+"""What every network enters around all of its layers but the last."""
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "elu": nn.ELU,
+    "gelu": nn.GELU,
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+    "softplus": nn.Softplus,
+    "tanh": nn.Tanh,
+}
+
+
+class Network(nn.Module):
+    """A network from `(*, *in_shape)` to `(*, *out_shape)`: body, last layer, and a bias.
+
+    Args:
+        in_shape: Shape of one input.
+        out_shape: Shape of one output.
+        body: Layers from `(rows, *in_shape)` to hidden units; in reduced precision if asked for.
+        head: The last layer, without bias, to as many units as `out_shape` has.
+    """
+
+    def __init__(self, in_shape: Shape, out_shape: Shape, body: nn.Module, head: nn.Module):
+        super().__init__()
+        self.in_shape, self.out_shape = in_shape, out_shape
+        self.body, self.head = body, head
+        self.bias = nn.Parameter(torch_zeros(out_shape))
+        for layer in self.modules():
+            if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+                nn.init.xavier_uniform_(layer.weight)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(*, *in_shape)` to `(*, *out_shape)`."""
+        lead = x.shape[: x.dim() - len(self.in_shape)]
+        if x.shape[len(lead) :] != self.in_shape:
+            raise ValueError(
+                f"the network takes tensors of shape (..., {str(self.in_shape)[1:-1].rstrip(',')}),"
+                f" got {tuple(x.shape)}"
+            )
+        rows = x.reshape(-1, *self.in_shape)
+        with autocast.get()():
+            hidden = self.body(rows)
+        return self.head(hidden.to(x.dtype)).reshape(*lead, *self.out_shape) + self.bias
+
+
+class Net(Configurable):
+    """Recipe for a network: `net(in_shape, out_shape)` makes it."""
+
+    def __call__(self, in_shape: Shape, out_shape: Shape) -> nn.Module:
+        """Make a network from `(*, *in_shape)` to `(*, *out_shape)`."""
+        raise NotImplementedError
+
+
+class MLP(Net):
+    """Fully connected layers.
+
+    Args:
+        hidden: Units of each hidden layer.
+        activation: elu, gelu, relu, silu, softplus or tanh.
+        batch_norm: Normalise each hidden layer over the batch. Off by default: it makes the
+            output for one datum depend on the others in training.
+
+    References:
+        200-200 units with tanh are those of Importance Weighted Autoencoders (Burda et al., 2016),
+        arXiv:1509.00519
+    """
+
+    def __init__(
+        self,
+        hidden: Sequence[int] = (200, 200),
+        activation: str = "tanh",
+        batch_norm: bool = False,
+    ):
+        self.hidden = shape_of(hidden, "hidden")
+        self.activation = _activation(activation)
+        self.batch_norm = batch_norm
+
+    def __call__(self, in_shape: Shape, out_shape: Shape) -> Network:
+        """Make the network."""
+        sizes = (math.prod(in_shape), *self.hidden)
+        layers: list[nn.Module] = [nn.Flatten()]
+        for before, after in pairwise(sizes):
+            layers.append(nn.Linear(before, after))
+            if self.batch_norm:
+                layers.append(nn.BatchNorm1d(after))
+            layers.append(self.activation())
+        head = nn.Linear(sizes[-1], math.prod(out_shape), bias=False)
+        return Network(in_shape, out_shape, nn.Sequential(*layers), head)
+
+
+class Conv(Net):
+    """Strided convolutions: an encoder from an image, a mirrored decoder to one.
+
+    Each 3x3 convolution halves (the decoder's doubles) height and width; any image size and any
+    number of image channels will do.
+
+    Args:
+        channels: Channels of each convolution, from the image inwards.
+        hidden: Units of the fully connected layer between convolutions and vector.
+        activation: elu, gelu, relu, silu, softplus or tanh.
+        batch_norm: Normalise each convolution's output over the batch; off by default, see `MLP`.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int] = (32, 64),
+        hidden: int = 256,
+        activation: str = "relu",
+        batch_norm: bool = False,
+    ):
+        self.channels = shape_of(channels, "channels")
+        if not self.channels:
+            raise ValueError("channels must name at least one convolution, got none")
+        (self.hidden,) = shape_of(hidden, "hidden")
+        self.activation = _activation(activation)
+        self.batch_norm = batch_norm
+
+    def __call__(self, in_shape: Shape, out_shape: Shape) -> Network:
+        """Make an encoder if `in_shape` is an image's, a decoder if `out_shape` is."""
+        if len(in_shape) == 3 and len(out_shape) != 3:
+            return self._encoder(in_shape, out_shape)
+        if len(out_shape) == 3 and len(in_shape) != 3:
+            return self._decoder(in_shape, out_shape)
+        raise ValueError(
+            "Conv connects images of shape (channels, height, width) with vectors, got "
+            f"{in_shape} and {out_shape}; use MLP for other data"
+        )
+
+    def _encoder(self, in_shape: Shape, out_shape: Shape) -> Network:
+        layers: list[nn.Module] = []
+        for before, after in pairwise((in_shape[0], *self.channels)):
+            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), *self._after(after)]
+        inner = math.prod(self._sizes(in_shape)[-1]) * self.channels[-1]
+        layers += [nn.Flatten(), nn.Linear(inner, self.hidden), self.activation()]
+        head = nn.Linear(self.hidden, math.prod(out_shape), bias=False)
+        return Network(in_shape, out_shape, nn.Sequential(*layers), head)
+
+    def _decoder(self, in_shape: Shape, out_shape: Shape) -> Network:
+        sizes = self._sizes(out_shape)[::-1]
+        channels = (*self.channels[::-1], out_shape[0])
+        inner = (channels[0], *sizes[0])
+        layers: list[nn.Module] = [nn.Flatten()]
+        layers += [nn.Linear(math.prod(in_shape), self.hidden), self.activation()]
+        layers += [nn.Linear(self.hidden, math.prod(inner)), self.activation()]
+        layers.append(nn.Unflatten(1, inner))
+        for i in range(len(sizes) - 2):
+            layers.append(_doubling(channels[i], channels[i + 1], sizes[i], sizes[i + 1]))
+            layers += self._after(channels[i + 1])
+        head = _doubling(channels[-2], channels[-1], sizes[-2], sizes[-1], bias=False)
+        return Network(in_shape, out_shape, nn.Sequential(*layers), head)
+
+    def _after(self, channels: int) -> list[nn.Module]:
+        norm = [nn.BatchNorm2d(channels)] if self.batch_norm else []
+        return [*norm, self.activation()]
+
+    def _sizes(self, image: Shape) -> list[Shape]:
+        """Height and width before the first convolution and after each."""
+        sizes = [image[1:]]
+        for _ in self.channels:
+            sizes.append(tuple((size + 1) // 2 for size in sizes[-1]))
+        return sizes
+
+
+def _doubling(
+    before: int, after: int, small: Shape, large: Shape, bias: bool = True
+) -> nn.ConvTranspose2d:
+    """The convolution that undoes a stride of two, for a larger size that is odd or even."""
+    padding = (large[0] - (2 * small[0] - 1), large[1] - (2 * small[1] - 1))
+    return nn.ConvTranspose2d(
+        before, after, 3, stride=2, padding=1, output_padding=padding, bias=bias
+    )
+
+
+def _activation(name: str) -> type[nn.Module]:
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
+    return ACTIVATIONS[name]

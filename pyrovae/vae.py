@@ -1,0 +1,160 @@
+r"""The variational autoencoder as a Pyro program.
+
+Bayes' rule has three parts: a prior p(z), a likelihood p(x|z) that a decoder network computes, and
+an approximate posterior q(z|x), the guide, that an encoder network computes. Training maximises the
+evidence lower bound
+
+.. math:: \log p(x) \ge E_{q(z|x)}[\log p(x|z)] - KL(q(z|x) \| p(z)).
+
+References:
+    Auto-Encoding Variational Bayes (Kingma & Welling, 2014), arXiv:1312.6114
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from pyrovae._config import Configurable
+from pyrovae.guides import Guide
+from pyrovae.likelihoods import Likelihood
+from pyrovae.priors import Prior
+from pyrovae.program import in_mode
+
+__all__ = ["VAE"]
+
+_count = itertools.count(1)
+
+
+class VAE(Configurable, nn.Module):
+    """A variational autoencoder of three parts, each a module that returns a Pyro distribution.
+
+    Args:
+        prior: p(z): `prior()` has batch shape `()` and event shape `(latent_dim,)`.
+        likelihood: p(x|z): `likelihood(z)` has z's leading shape; events are shaped like one datum.
+        guide: q(z|x): `guide(x)` has x's leading shape and event shape `(latent_dim,)`.
+        missing: Whether NaN in x marks a missing entry: the likelihood leaves it out, and the guide
+            sees zero for it. Needs a likelihood whose entries are independent given z.
+
+    Raises:
+        ValueError: If the parts disagree on the number of latents or the shape of a datum.
+
+    References:
+        Missing entries: MIWAE (Mattei & Frellsen, 2019), arXiv:1812.02633
+    """
+
+    def __init__(self, prior: Prior, likelihood: Likelihood, guide: Guide, missing: bool = False):
+        super().__init__()
+        _agree("latent_dim", prior=prior, likelihood=likelihood, guide=guide)
+        _agree("shape", likelihood=likelihood, guide=guide)
+        self.prior, self.likelihood, self.encoder = prior, likelihood, guide
+        self.missing = missing
+        self._name = f"vae_{next(_count)}"
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy, under a name of its own in Pyro's parameter store."""
+        super().__setstate__(state)
+        self._name = f"vae_{next(_count)}"
+
+    def model(self, x: Tensor) -> None:
+        """p(z) p(x|z) for a batch x of shape `(batch, *shape)`."""
+        pyro.module(self._name, self)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", self.prior())
+            px = self.likelihood(z)
+            if self.missing:
+                px, x = _leave_out_missing(px, x)
+            pyro.sample("x", px, obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        """q(z|x) for a batch x of shape `(batch, *shape)`."""
+        pyro.module(self._name, self)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", self.posterior(x))
+
+    def posterior(self, x: Tensor) -> dist.TorchDistribution:
+        """q(z|x): batch shape that of x before `shape`, event shape `(latent_dim,)`."""
+        return self.encoder(x.nan_to_num() if self.missing else x)
+
+    def initialize(self, x: Tensor) -> None:
+        """Start a new likelihood's output at the mean of training data x, `(n, *shape)`."""
+        if hasattr(self.likelihood, "initialize"):
+            self.likelihood.initialize(x)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Mean of q(z|x), shape `(batch, latent_dim)`."""
+        with self._evaluation():
+            return self.posterior(x).mean
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Mean of p(x|z), shape `(*, *shape)` for z of shape `(*, latent_dim)`."""
+        with self._evaluation():
+            return self.likelihood(z).mean
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Mean of p(x|z) at the mean of q(z|x), missing entries filled; the shape of x."""
+        return self.decode(self.encode(x))
+
+    def sample(self, num_samples: int = 1, mean: bool = False) -> Tensor:
+        """Draw from p(x), shape `(num_samples, *shape)`.
+
+        Args:
+            num_samples: How many.
+            mean: Return means of p(x|z), not draws: pictures without pixel noise.
+        """
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+        with self._evaluation():
+            px = self.likelihood(self.prior().sample((num_samples,)))
+            return px.mean if mean else px.sample()
+
+    def interpolate(self, start: Tensor, end: Tensor, steps: int = 10) -> Tensor:
+        """Decode the straight path between two codes.
+
+        Args:
+            start: Data, shape `(batch, *shape)`.
+            end: Data, shape `(batch, *shape)`.
+            steps: Points of the path, both ends included.
+
+        Returns:
+            Means of p(x|z), shape `(steps, batch, *shape)`.
+        """
+        if steps < 2:
+            raise ValueError(f"steps must be at least 2 (both ends), got {steps}")
+        first, last = self.encode(start), self.encode(end)
+        weight = torch.linspace(0, 1, steps, dtype=first.dtype, device=first.device)
+        return self.decode(torch.lerp(first, last, weight[:, None, None]))
+
+    @contextmanager
+    def _evaluation(self) -> Iterator[None]:
+        """No gradients, evaluation mode; the mode comes back."""
+        with torch.no_grad(), in_mode(False, self):
+            yield
+
+
+def _leave_out_missing(
+    px: dist.TorchDistribution, x: Tensor
+) -> tuple[dist.TorchDistribution, Tensor]:
+    """The likelihood of the entries of x that are there."""
+    if not isinstance(px, dist.Independent):
+        raise ValueError(
+            f"missing entries need a likelihood whose entries are independent given z, not "
+            f"{type(px).__name__}"
+        )
+    seen = ~x.isnan()
+    return px.base_dist.mask(seen).to_event(px.reinterpreted_batch_ndims), x.nan_to_num()
+
+
+def _agree(attribute: str, **parts: nn.Module) -> None:
+    values = {name: getattr(part, attribute, None) for name, part in parts.items()}
+    known = {name: value for name, value in values.items() if value is not None}
+    if len(set(known.values())) > 1:
+        listed = ", ".join(f"{name} {value}" for name, value in known.items())
+        raise ValueError(f"the parts disagree on {attribute}: {listed}")
