@@ -1,7 +1,7 @@
 """Objects that remember how they were made, so that a saved model is rebuilt without pickle.
 
 A configuration is `{"class_path": "module.Class", "init_args": {...}}`, nested and plain JSON: the
-form in which the command line takes parts.
+form in which a run's settings hold parts, too.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import importlib
 import inspect
 from collections.abc import Iterable
 from typing import Any
+
+from torch import nn
 
 Config = dict[str, Any]
 
@@ -22,9 +24,7 @@ class Configurable:
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Make the object and note the arguments of its constructor."""
         self = super().__new__(cls)
-        bound = inspect.signature(cls.__init__).bind_partial(self, *args, **kwargs)
-        given = dict(list(bound.arguments.items())[1:])
-        object.__setattr__(self, "_init_args", given)
+        object.__setattr__(self, "_init_args", _by_name(cls, args, kwargs))
         return self
 
 
@@ -32,12 +32,18 @@ def to_config(value: Any) -> Any:
     """The configuration of an object, or a plain value as JSON has it.
 
     Raises:
-        TypeError: If the object, or one it was made with, cannot be written as JSON.
+        TypeError: If the object, or one it was made with, cannot be written as JSON or is not found
+            under the name of its class, or a part was replaced after the object was made.
     """
     if isinstance(value, Configurable):
         kind = type(value)
+        path = f"{kind.__module__}.{kind.__qualname__}"
+        if "." in kind.__qualname__ or not _is_found(path, kind):
+            raise TypeError(f"{path} is not at the top of a module: nobody can find it again")
+        if isinstance(value, nn.Module):
+            _check_unchanged(value)
         args = {name: to_config(arg) for name, arg in value._init_args.items()}
-        return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": args}
+        return {"class_path": path, "init_args": args}
     if isinstance(value, (list, tuple)):
         return [to_config(item) for item in value]
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -55,19 +61,75 @@ def from_config(config: Any) -> Any:
         return tuple(from_config(item) for item in config)
     if not isinstance(config, dict):
         return config
-    path, init_args = config.get("class_path", ""), config.get("init_args", {})
+    path, init_args = config.get("class_path"), config.get("init_args", {})
+    if not isinstance(path, str) or not isinstance(init_args, dict):
+        raise ValueError(f"expected class_path and init_args in a configuration, got {config}")
+    part = find_class(path)
     args = {name: from_config(arg) for name, arg in init_args.items()}
     try:
-        return _find(path)(**args)
-    except TypeError as error:
+        return part(**args)
+    except ValueError:
+        raise
+    except Exception as error:
         raise ValueError(f"{path} does not take the arguments saved with it: {error}") from error
 
 
-def _find(class_path: str) -> type[Configurable]:
+def parameters(part: type) -> dict[str, inspect.Parameter]:
+    """Arguments of a class by name; `*args` and `**kwargs` stand for those of the next base."""
+    found: dict[str, inspect.Parameter] = {}
+    for base in _constructors(part):
+        own = list(inspect.signature(base.__init__).parameters.values())[1:]
+        variable = [p for p in own if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        found |= {p.name: p for p in own if p not in variable and p.name not in found}
+        if not variable:
+            break
+    return found
+
+
+def _by_name(part: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Positional and named arguments, all by name, also where a subclass passes `*args` on."""
+    given: dict[str, Any] = {}
+    for base in _constructors(part):
+        signature = inspect.signature(base.__init__)
+        bound = signature.bind_partial(None, *args, **kwargs).arguments
+        kinds = {p.kind: name for name, p in signature.parameters.items()}
+        args = bound.pop(kinds.get(inspect.Parameter.VAR_POSITIONAL, ""), ())
+        kwargs = bound.pop(kinds.get(inspect.Parameter.VAR_KEYWORD, ""), {})
+        given |= dict(list(bound.items())[1:])
+        if not args and not kwargs:
+            break
+    return given
+
+
+def _constructors(part: type) -> list[Any]:
+    """Classes that define a constructor, in the order in which `super().__init__` calls them."""
+    return [base for base in part.__mro__ if "__init__" in vars(base) and base is not object]
+
+
+def _check_unchanged(module: nn.Module) -> None:
+    within = set(module.modules())
+    for name, arg in getattr(module, "_init_args", {}).items():
+        if isinstance(arg, nn.Module) and arg not in within:
+            raise TypeError(f"{name} was replaced after {type(module).__name__} was made")
+
+
+def _is_found(class_path: str, kind: type) -> bool:
+    try:
+        return find_class(class_path) is kind
+    except ValueError:
+        return False
+
+
+def find_class(class_path: str) -> type[Configurable]:
+    """The class of a configuration.
+
+    Raises:
+        ValueError: If it is not found, or no `Configurable`.
+    """
     module, _, name = class_path.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:
         raise ValueError(
             f"the class {class_path!r} of a saved model is not found ({error}): put its module on "
             "the Python path, or rebuild the model yourself and call load(path, vae)"

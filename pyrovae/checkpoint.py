@@ -51,9 +51,9 @@ class Checkpoint:
         tensors, metadata = read_tensors(path)
         try:
             plain = json.loads(metadata["training"])
+            there = plain["settings"]
         except (KeyError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is not a checkpoint of training") from error
-        there = plain["settings"]
         differing = [n for n in {**settings, **there} if settings.get(n) != there.get(n)]
         if differing:
             listed = ", ".join(f"{n} {there.get(n)} (now {settings.get(n)})" for n in differing)
@@ -92,7 +92,7 @@ class replacing:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        self.temporary = self.path.with_name(f".{self.path.name}.tmp")
 
     def __enter__(self) -> Path:
         return self.temporary

@@ -34,9 +34,15 @@ def with_gradients(loss: Loss, params: Sequence[Tensor]) -> Step:
     def step(*args: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         value, terms = loss(*args)
         grads = torch.autograd.grad(value, params, allow_unused=True, materialize_grads=True)
-        return torch.stack([value.detach(), *terms.values()]), grads
+        laid_out = [_laid_out(grad, p) for grad, p in zip(grads, params, strict=True)]
+        return torch.stack([value, *terms.values()]).detach(), laid_out
 
     return step
+
+
+def _laid_out(grad: Tensor, param: Tensor) -> Tensor:
+    """The gradient in its parameter's memory layout, which a fused optimizer takes for granted."""
+    return grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)
 
 
 def compile_step(step: Step, args: Sequence[Tensor], fallback_random: bool = False) -> Step | None:
@@ -60,10 +66,9 @@ def compile_step(step: Step, args: Sequence[Tensor], fallback_random: bool = Fal
             compiled = torch.no_grad()(torch.compile(graph, options=options))
             compiled(*args)
     except Exception as error:  # whatever Pyro, the tracer, the compiler or a toolchain raises
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+        reason = " ".join(str(error).split("\n")[:2]).strip() or type(error).__name__
         warnings.warn(
-            f"training runs uncompiled: the program could not be compiled ({reason[0]})",
-            stacklevel=2,
+            f"training runs uncompiled: the program could not be compiled ({reason})", stacklevel=2
         )
         return None
     return compiled

@@ -23,11 +23,14 @@ class Guide(Conditional):
 
     def __init__(self, shape: tuple[int, ...], latent_dim: int, net: Net | None = None):
         super().__init__(data_shape(shape), latent_shape(latent_dim), net)
-        self.shape, self.latent_dim = tuple(shape), latent_dim
+        self.shape, (self.latent_dim,) = data_shape(shape), self.event_shape
 
 
 class Normal(Guide):
     """Normal with diagonal covariance: q(z|x) = N(z; mu(x), diag(sigma(x)^2)).
+
+    The usual choice: one pass of the encoder, quick to sample and to score. It cannot follow a
+    posterior whose latents depend on each other.
 
     References:
         Auto-Encoding Variational Bayes (Kingma & Welling, 2014), arXiv:1312.6114

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.nn.functional import softplus
 
+from pyrovae._distributions import ContinuousBernoulli as _ContinuousBernoulli
 from pyrovae._part import Conditional, data_shape, latent_shape
 from pyrovae.nets import Net
 
@@ -58,8 +59,8 @@ class Likelihood(Conditional):
 class Bernoulli(Likelihood):
     """Binary data, each entry on its own: x_d ~ Bernoulli(sigmoid(f_d(z))).
 
-    Only for zeros and ones: for grey values it is not a density. Its mean starts at the training
-    mean, as in Burda et al. (2016).
+    Use it for zeros and ones, and only for them: for grey values it is not a density. Its mean
+    starts at the training mean, as in Burda et al. (2016).
 
     References:
         Auto-Encoding Variational Bayes (Kingma & Welling, 2014), arXiv:1312.6114
@@ -80,6 +81,9 @@ class Bernoulli(Likelihood):
 class ContinuousBernoulli(Likelihood):
     """Grey values in [0, 1], with the normalising constant that a Bernoulli lacks for them.
 
+    Use it for grey images that are not binarized; the log density is that of grey values scaled to
+    [0, 1] and dequantized, brought back to the original levels.
+
     References:
         The continuous Bernoulli: fixing a pervasive error in variational autoencoders
         (Loaiza-Ganem & Cunningham, 2019), arXiv:1907.06845
@@ -97,11 +101,14 @@ class ContinuousBernoulli(Likelihood):
 
     def distribution(self, params: Tensor) -> dist.TorchDistribution:
         """Continuous Bernoulli with these logits."""
-        return self._independent(dist.ContinuousBernoulli(logits=params))
+        return self._independent(_ContinuousBernoulli(logits=params))
 
 
 class Normal(Likelihood):
     r"""Real data with Gaussian noise: x_d ~ N(f_d(z), sigma_d^2).
+
+    Use it for measurements of any range. Noise that is learned settles by itself the balance
+    between reconstruction and KL; a fixed scale is a choice of that balance.
 
     Args:
         shape: Shape of one datum.
@@ -146,9 +153,9 @@ class Normal(Likelihood):
         new = self._is_new()
         super().initialize(x)
         if new and self.raw_scale is not None:
-            variance = (x - x.nanmean(0)).square().nanmean(0).nan_to_num()
-            spread = (variance if self.raw_scale.dim() else variance.mean()).sqrt()
-            spread = spread.clamp(min=0.01)
+            variance = (x - x.nanmean(0)).square().nanmean(0)
+            variance = variance if self.raw_scale.dim() else variance.nanmean()
+            spread = variance.nan_to_num(1.0).sqrt().clamp(min=0.01)
             self.raw_scale.copy_(spread + (-torch.expm1(-spread)).log())  # softplus inverted
 
     def distribution(self, params: Tensor) -> dist.TorchDistribution:
@@ -157,7 +164,11 @@ class Normal(Likelihood):
 
 
 class Poisson(Likelihood):
-    """Counts: x_d ~ Poisson(exp(f_d(z)))."""
+    """Counts: x_d ~ Poisson(exp(f_d(z))).
+
+    Use it for whole numbers from zero on, such as words in a text or reads of a gene, whose
+    variance given z is their mean.
+    """
 
     kind = "counts"
     support = constraints.nonnegative_integer

@@ -16,8 +16,8 @@ from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
-from torch import zeros as torch_zeros
 
 from pyrovae._config import Configurable, shape_of
 
@@ -54,7 +54,7 @@ class Network(nn.Module):
         super().__init__()
         self.in_shape, self.out_shape = in_shape, out_shape
         self.body, self.head = body, head
-        self.bias = nn.Parameter(torch_zeros(out_shape))
+        self.bias = nn.Parameter(torch.zeros(out_shape))
         for layer in self.modules():
             if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
                 nn.init.xavier_uniform_(layer.weight)
@@ -86,21 +86,23 @@ class Net(Configurable):
 class MLP(Net):
     """Fully connected layers.
 
+    For vectors, and for small images.
+
     Args:
         hidden: Units of each hidden layer.
         activation: elu, gelu, relu, silu, softplus or tanh.
-        batch_norm: Normalise each hidden layer over the batch. Off by default: it makes the
-            output for one datum depend on the others in training.
+        batch_norm: Normalise each hidden layer, which then has no bias, over the batch. Off by
+            default: it makes the output for one datum depend on the others in training.
 
     References:
-        200-200 units with tanh are those of Importance Weighted Autoencoders (Burda et al., 2016),
-        arXiv:1509.00519
+        200-200 units are those of Importance Weighted Autoencoders (Burda et al., 2016),
+        arXiv:1509.00519, who use tanh
     """
 
     def __init__(
         self,
-        hidden: Sequence[int] = (200, 200),
-        activation: str = "tanh",
+        hidden: int | Sequence[int] = (200, 200),
+        activation: str = "silu",
         batch_norm: bool = False,
     ):
         self.hidden = shape_of(hidden, "hidden")
@@ -112,7 +114,7 @@ class MLP(Net):
         sizes = (math.prod(in_shape), *self.hidden)
         layers: list[nn.Module] = [nn.Flatten()]
         for before, after in pairwise(sizes):
-            layers.append(nn.Linear(before, after))
+            layers.append(nn.Linear(before, after, bias=not self.batch_norm))
             if self.batch_norm:
                 layers.append(nn.BatchNorm1d(after))
             layers.append(self.activation())
@@ -123,21 +125,22 @@ class MLP(Net):
 class Conv(Net):
     """Strided convolutions: an encoder from an image, a mirrored decoder to one.
 
-    Each 3x3 convolution halves (the decoder's doubles) height and width; any image size and any
-    number of image channels will do.
+    For images with structure larger than a few pixels. Each 3x3 convolution halves (the decoder's
+    doubles) height and width; any image size and any number of image channels will do.
 
     Args:
         channels: Channels of each convolution, from the image inwards.
         hidden: Units of the fully connected layer between convolutions and vector.
         activation: elu, gelu, relu, silu, softplus or tanh.
-        batch_norm: Normalise each convolution's output over the batch; off by default, see `MLP`.
+        batch_norm: Normalise each convolution's output over the batch. Off by default: it makes the
+            output for one datum depend on the others in training.
     """
 
     def __init__(
         self,
-        channels: Sequence[int] = (32, 64),
+        channels: int | Sequence[int] = (32, 64),
         hidden: int = 256,
-        activation: str = "relu",
+        activation: str = "silu",
         batch_norm: bool = False,
     ):
         self.channels = shape_of(channels, "channels")
@@ -161,7 +164,9 @@ class Conv(Net):
     def _encoder(self, in_shape: Shape, out_shape: Shape) -> Network:
         layers: list[nn.Module] = []
         for before, after in pairwise((in_shape[0], *self.channels)):
-            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), *self._after(after)]
+            bias = not self.batch_norm
+            layers.append(nn.Conv2d(before, after, 3, stride=2, padding=1, bias=bias))
+            layers += self._after(after)
         inner = math.prod(self._sizes(in_shape)[-1]) * self.channels[-1]
         layers += [nn.Flatten(), nn.Linear(inner, self.hidden), self.activation()]
         head = nn.Linear(self.hidden, math.prod(out_shape), bias=False)
@@ -176,7 +181,8 @@ class Conv(Net):
         layers += [nn.Linear(self.hidden, math.prod(inner)), self.activation()]
         layers.append(nn.Unflatten(1, inner))
         for i in range(len(sizes) - 2):
-            layers.append(_doubling(channels[i], channels[i + 1], sizes[i], sizes[i + 1]))
+            bias = not self.batch_norm
+            layers.append(_doubling(channels[i], channels[i + 1], sizes[i], sizes[i + 1], bias))
             layers += self._after(channels[i + 1])
         head = _doubling(channels[-2], channels[-1], sizes[-2], sizes[-1], bias=False)
         return Network(in_shape, out_shape, nn.Sequential(*layers), head)
@@ -194,7 +200,7 @@ class Conv(Net):
 
 
 def _doubling(
-    before: int, after: int, small: Shape, large: Shape, bias: bool = True
+    before: int, after: int, small: Shape, large: Shape, bias: bool
 ) -> nn.ConvTranspose2d:
     """The convolution that undoes a stride of two, for a larger size that is odd or even."""
     padding = (large[0] - (2 * small[0] - 1), large[1] - (2 * small[1] - 1))

@@ -51,8 +51,8 @@ class Objective(Configurable, pyro.infer.ELBO):
     def differentiable_loss(
         self, model: PyroFunction, guide: PyroFunction, *args: Tensor
     ) -> Tensor:
-        """The loss of a batch, in nats summed over it."""
-        return self.surrogate(model, guide, args)[0]
+        """The loss of a batch, in nats summed over it; parameters are those of Pyro's store."""
+        return self.surrogate(_in_store(model), _in_store(guide), args)[0]
 
     @torch.no_grad()
     def loss(self, model: PyroFunction, guide: PyroFunction, *args: Tensor) -> float:
@@ -72,13 +72,17 @@ class ELBO(Objective):
 
     .. math:: E_{q(z|x)}[\log p(x|z)] - \beta \, KL(q(z|x) \| p(z))
 
-    A site marked for enumeration is summed out. A scale in the user's program (`poutine.scale`, a
-    subsampling plate) weighs the loss, and not what is reported.
+    The objective to start from, for any guide whose draws can be differentiated through.
+
+    A scale in the user's program (`poutine.scale`, a subsampling plate) weighs the loss, and not
+    what is reported. A site marked for enumeration is summed out inside the logarithm, where a
+    scale has no meaning and is left out; the weight of the KL is then that of
+    log p(z) - log q(z|x).
 
     Args:
         num_particles: Draws of z per datum.
-        analytic_kl: Take the KL in closed form wherever one is registered; where none is, a line
-            in the log says so and it is sampled.
+        analytic_kl: Take the KL in closed form where that is possible; where it is not, a line in
+            the log says why and it is sampled.
         beta: Weight of the KL; 1 is the bound.
 
     References:
@@ -104,49 +108,76 @@ class ELBO(Objective):
         _check_reparameterized(drawn)
         sites = program.score_sites(model, program.repeat(args, k), drawn.values)
         if any(score.log_prob.dim() > 1 for score in (*sites.values(), *drawn.scores.values())):
-            return self._summed_out(sites, drawn, k)
-        latents = {name: sites[name] for name in drawn.values}
+            return self._summed_out(sites, drawn, kl_weight)
         observed = [(s.log_prob, s.scale) for s in sites.values() if s.observed]
-        kl_terms = self._kl(latents, drawn)
+        kl_terms = self._kl(sites, drawn)
         loss = self.beta * kl_weight * _weighted(kl_terms) - _weighted(observed)
         kl = sum(term.detach().sum() for term, _ in kl_terms) / k
         reconstruction = sum(term.detach().sum() for term, _ in observed) / k
         terms = {"elbo": reconstruction - kl, "reconstruction": reconstruction, "kl": kl}
         return loss / k, {name: torch.as_tensor(term) for name, term in terms.items()}
 
-    def _kl(self, latents: dict[str, Score], drawn: Draw) -> list[tuple[Tensor, Any]]:
+    def _kl(self, sites: dict[str, Score], drawn: Draw) -> list[tuple[Tensor, Any]]:
         """Terms that sum to the KL, each with the scale that weighs it in the loss."""
-        in_order = list(latents) == list(drawn.values)
+        # Integrating a latent out is right only once those that it depends on have been drawn.
+        in_order = [name for name in sites if name in drawn.scores] == list(drawn.scores)
         terms: list[tuple[Tensor, Any]] = []
         for name, q in drawn.scores.items():
-            p = latents[name]
-            closed = self._closed_form(name, q, p) if self.analytic_kl and in_order else None
+            p = sites[name]
+            closed = self._closed_form(name, q, p, in_order) if self.analytic_kl else None
             if closed is not None:
                 terms.append((closed, q.scale))
             else:
                 terms += [(q.log_prob, q.scale), (-p.log_prob, p.scale)]
         return terms
 
-    def _closed_form(self, name: str, q: Score, p: Score) -> Tensor | None:
-        try:
-            return scale_and_mask(kl_divergence(q.fn, p.fn), mask=q.mask)
-        except NotImplementedError:
-            if name not in self._said:
-                self._said.add(name)
-                kinds = f"{_family(q)} from {_family(p)}"
-                _log.warning("the KL at site %r has no closed form (%s): sampled", name, kinds)
-            return None
+    def _closed_form(self, name: str, q: Score, p: Score, in_order: bool) -> Tensor | None:
+        if not in_order:
+            obstacle = "the guide samples the latents in another order than the model"
+        elif not (_same(q.scale, p.scale) and _same(q.mask, p.mask)):
+            obstacle = "its scale or mask is not that of the guide"
+        else:
+            try:
+                return scale_and_mask(kl_divergence(q.fn, p.fn), mask=q.mask)
+            except NotImplementedError:
+                obstacle = f"none is registered for {_family(q)} from {_family(p)}"
+        self._say(name, obstacle)
+        return None
+
+    def _say(self, name: str, reason: str) -> None:
+        """Log once why the KL at a site is sampled."""
+        if name not in self._said:
+            self._said.add(name)
+            _log.warning("the KL at site %r has no closed form (%s): sampled", name, reason)
 
     def _summed_out(
-        self, sites: dict[str, Score], drawn: Draw, k: int
+        self, sites: dict[str, Score], drawn: Draw, kl_weight: Tensor | float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The bound whose enumerated sites are summed out inside the logarithm."""
-        bound = program.sum_out(program.total(sites) - program.total(drawn.scores)).sum() / k
-        return -bound, {"elbo": bound.detach()}
+        """The bound with enumerated sites summed out inside the logarithm, scales left out."""
+        latents = {name: sites[name] for name in drawn.scores}
+        log_ratio = program.total(drawn.scores) - program.total(latents)
+        rest = program.total(sites) - program.total(latents)
+        if self.analytic_kl:
+            for name in latents:
+                self._say(name, "an enumerated site is summed out beside it")
+        weight, k = self.beta * kl_weight, self.num_particles
+        loss = -program.sum_out(rest - weight * log_ratio).sum() / k
+        bound = program.sum_out((rest - log_ratio).detach()).sum() / k
+        return loss, {"elbo": bound}
+
+
+def _in_store(fn: PyroFunction) -> PyroFunction:
+    """The function as one that no module owns, so that it runs in Pyro's store, where SVI looks."""
+    return lambda *args: fn(*args)
 
 
 def _weighted(terms: list[tuple[Tensor, Any]]) -> Any:
     return sum((term * scale).sum() for term, scale in terms)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two scales or masks are known to agree; tensors in a graph cannot be compared."""
+    return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b)
 
 
 def _check_reparameterized(drawn: Draw) -> None:

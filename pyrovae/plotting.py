@@ -133,6 +133,7 @@ def latent_space(vae: VAE, x: Tensor, y: Tensor | None = None, max_points: int =
     ax.set(xlabel=names[0], ylabel=names[1])
     ax.set_aspect("equal", adjustable="datalim")
     _scatter_by_label(ax, z, y)
+    figure.draw_without_rendering()  # equal aspects move the limits: tick labels need new room
     return figure
 
 
@@ -525,9 +526,10 @@ def _curves(history: Sequence[dict[str, Any]], names: dict[str, str]) -> dict[st
     """Points `(epoch, value)` of each curve that history holds, by its name in the legend."""
     found = {}
     for key, name in names.items():
-        rows = [(r["epoch"], r[key]) for r in history if math.isfinite(r.get(key) or math.nan)]
-        if rows:
-            found[name] = np.array(rows, dtype=float)
+        rows = [(row["epoch"], row[key]) for row in history if row.get(key) is not None]
+        points = np.array(rows, dtype=float).reshape(-1, 2)
+        if np.isfinite(points[:, 1]).any():
+            found[name] = points[np.isfinite(points[:, 1])]
     return found
 
 
@@ -540,11 +542,11 @@ def _fit(ax: Axes, curves: list[np.ndarray]) -> None:
 
 
 def _shade_warm_up(ax: Axes, history: Sequence[dict[str, Any]]) -> None:
-    warm = [row["epoch"] for row in history if (row.get("kl_weight") or 1) < 1]
-    if warm:
-        ax.axvspan(
-            min(warm) - 0.5, max(warm) + 0.5, color=GREY, alpha=0.15, lw=0, label="KL weight < 1"
-        )
+    weights = _curves(history, {"kl_weight": "weight"}).get("weight", np.ones((1, 2)))
+    warm = weights[weights[:, 1] < 1, 0]
+    if len(warm):
+        first, last = warm.min() - 0.5, warm.max() + 0.5
+        ax.axvspan(first, last, color=GREY, alpha=0.15, lw=0, label="KL weight < 1")
 
 
 def _extremes(values: Tensor, num: int) -> dict[str, Tensor]:

@@ -31,6 +31,8 @@ class Prior(Configurable, nn.Module):
 class StandardNormal(Prior):
     """Standard normal, p(z) = N(z; 0, I): nothing to learn.
 
+    The usual choice, and the one to compare others with.
+
     Args:
         latent_dim: Number of latents.
 

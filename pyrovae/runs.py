@@ -14,7 +14,9 @@ figures/*.png          pictures
 from __future__ import annotations
 
 import csv
+import itertools
 import json
+import math
 import os
 import platform
 from collections.abc import Sequence
@@ -33,7 +35,13 @@ from pyrovae.program import Program, owners
 
 __all__ = ["Run", "load", "save"]
 
-CONFIG, WEIGHTS = "config.json", "weights.safetensors"
+CONFIG, WEIGHTS, SUMMARY = "config.json", "weights.safetensors", "summary.json"
+METRICS, CHECKPOINT = "metrics.csv", "training.safetensors"
+WRITTEN = (
+    *(CONFIG, WEIGHTS, SUMMARY, METRICS, CHECKPOINT, "log_px*.json", "log_px*.csv"),
+    *("codes.npz", "samples.npz", "figures/*.png", ".*.tmp"),
+)
+"""What a run consists of."""
 
 
 def save(vae: nn.Module, path: str | os.PathLike) -> None:
@@ -47,7 +55,8 @@ def save(vae: nn.Module, path: str | os.PathLike) -> None:
         path: Folder, made if need be.
 
     Raises:
-        ValueError: If parameters lie in Pyro's store, outside the module.
+        ValueError: If parameters lie in Pyro's store, outside the module; if state is not a tensor;
+            if the folder cannot be made.
     """
     if isinstance(vae, Program) and len(owners(vae.model)) * len(owners(vae.guide)) == 0:
         raise ValueError(
@@ -55,19 +64,26 @@ def save(vae: nn.Module, path: str | os.PathLike) -> None:
             "pyro.get_param_store().save(file)"
         )
     folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / WEIGHTS, _tensors(vae), {})
-    _write_json(folder / CONFIG, _read_config(folder) | {"model": model_config(vae)})
+    tensors = _tensors(vae)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written: {error.strerror}") from error
+    config = _read_config(folder) | {"model": model_config(vae)}
+    write_tensors(folder / WEIGHTS, tensors, {})
+    _write_json(folder / CONFIG, config)
 
 
 def load(path: str | os.PathLike, vae: nn.Module | None = None) -> nn.Module:
     """Load a model from a folder that `save` or `pyrovae train` wrote.
 
-    No code is run but the constructors of the model's parts.
+    No code is run but the modules and constructors of the model's parts. The model comes back on
+    the CPU, in the precision in which it was saved.
 
     Args:
         path: The folder.
-        vae: A module to load the weights into, for one that cannot be rebuilt.
+        vae: A module to load the weights into, for one that cannot be rebuilt; it keeps its own
+            device and precision.
 
     Raises:
         ValueError: If a file is missing or damaged, or does not fit the model.
@@ -87,10 +103,12 @@ def load(path: str | os.PathLike, vae: nn.Module | None = None) -> nn.Module:
                 "it yourself and call load(path, vae)"
             )
         vae = from_config(config["model"])
-    try:
-        vae.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise ValueError(f"the weights in {folder} do not fit the model: {error}") from error
+        if not isinstance(vae, nn.Module):
+            raise ValueError(f"{folder / CONFIG} describes a {type(vae).__name__}, not a model")
+        _check_weights(vae, tensors, folder)
+        _as_saved(vae, tensors)
+    _check_weights(vae, tensors, folder)
+    vae.load_state_dict(tensors, strict=False)
     return vae
 
 
@@ -111,7 +129,8 @@ class Run:
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        self.checkpoint = self.path / "training.safetensors"
+        self.checkpoint = self.path / CHECKPOINT
+        self._rows: list[dict[str, Any]] | None = None
 
     @classmethod
     def create(cls, path: str | os.PathLike, overwrite: bool = False) -> Run:
@@ -122,19 +141,35 @@ class Run:
         """
         run = cls(path)
         if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
-            if not (overwrite and (run.path / CONFIG).exists()):
-                raise ValueError(
-                    f"{run.path} exists: choose another --out, or continue it with --resume "
-                    f"{run.path}, or replace a run with --overwrite"
-                )
+            run._check_replaceable(overwrite)
             run._clear()
         try:
-            (run.path / "figures").mkdir(parents=True, exist_ok=True)
+            run.path.mkdir(parents=True, exist_ok=True)
             (run.path / ".writable").touch()
             (run.path / ".writable").unlink()
         except OSError as error:
             raise ValueError(f"{run.path} cannot be written: {error.strerror}") from error
         return run
+
+    @classmethod
+    def create_beside(cls, parent: str | os.PathLike, name: str) -> Run:
+        """Make a folder of this name, or of this name and the first free number.
+
+        Raises:
+            ValueError: If it cannot be made.
+        """
+        for number in itertools.count(1):
+            path = Path(parent) / (name if number == 1 else f"{name}-{number}")
+            try:
+                path.mkdir(parents=True)
+            except FileExistsError:
+                if path.exists():
+                    continue
+                raise ValueError(f"{path} cannot be made: {parent} is no folder") from None
+            except OSError as error:
+                raise ValueError(f"{path} cannot be written: {error.strerror}") from error
+            return cls(path)
+        raise AssertionError("some number is free")
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> Run:
@@ -153,24 +188,39 @@ class Run:
         return _read_config(self.path, must_exist=True)
 
     @property
+    def begun(self) -> bool:
+        """Whether it says what it is a run of."""
+        return (self.path / CONFIG).exists()
+
+    @property
     def finished(self) -> bool:
-        """Whether training has ended and left weights."""
-        return (self.path / WEIGHTS).exists()
+        """Whether all of it is there: the summary is written last."""
+        return (self.path / SUMMARY).exists()
 
     def describe(self, settings: dict[str, Any], **more: Any) -> None:
         """Write config.json: the settings of the command, and what made it."""
-        _write_json(self.path / CONFIG, {"settings": settings, **more, "made_by": made_by()})
+        self.path.mkdir(exist_ok=True)
+        self.write_json(CONFIG, {"settings": settings, **more, "made_by": made_by()})
 
     def add_epoch(self, row: dict[str, Any]) -> None:
         """Add one row to metrics.csv; rows of that epoch and later ones give way."""
-        file = self.path / "metrics.csv"
-        rows = [r for r in self.metrics() if r["epoch"] < row["epoch"]] if file.exists() else []
-        _write_csv(file, [*rows, row])
+        if self._rows is None:
+            self._rows = self.metrics()
+        self._rows = [r for r in self._rows if r["epoch"] < row["epoch"]] + [row]
+        _write_csv(self.path / METRICS, self._rows)
 
-    def metrics(self) -> list[dict[str, float]]:
-        """The rows of metrics.csv."""
-        with open(self.path / "metrics.csv", newline="") as file:
-            return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    def write_metrics(self, history: Sequence[dict[str, Any]]) -> None:
+        """Write metrics.csv whole."""
+        self._rows = list(history)
+        _write_csv(self.path / METRICS, self._rows)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.csv; none if it is not there."""
+        if not (self.path / METRICS).exists():
+            return []
+        with open(self.path / METRICS, newline="") as file:
+            rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+        return [row | {"epoch": int(row["epoch"])} for row in rows]
 
     def add_log_px(self, result: LogPx, name: str = "log_px") -> None:
         """Write an estimate: its summary as JSON, and a row per datum as CSV."""
@@ -181,7 +231,7 @@ class Run:
             for i, numbers in enumerate(zip(*columns, strict=True))
         ]
         _write_csv(self.path / f"{name}.csv", rows)
-        _write_json(self.path / f"{name}.json", result.summary() | {"made_by": made_by()})
+        self.write_json(f"{name}.json", result.summary() | {"made_by": made_by()})
 
     def per_datum(self, name: str = "log_px") -> torch.Tensor | None:
         """Log p(x) of each datum as written by `add_log_px`, shape `(N,)`; None if it was not."""
@@ -193,7 +243,11 @@ class Run:
 
     def summarize(self, **numbers: float) -> None:
         """Write summary.json: what the run cost and came to."""
-        _write_json(self.path / "summary.json", {**numbers, "made_by": made_by()})
+        self.write_json(SUMMARY, {**numbers, "made_by": made_by()})
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        """Write a file of the run."""
+        _write_json(self.path / name, content)
 
     def add_figures(self, figures: dict[str, Any]) -> list[Path]:
         """Write figures as figures/NAME.png."""
@@ -204,11 +258,29 @@ class Run:
             figure.savefig(paths[-1], dpi=150, bbox_inches="tight")
         return paths
 
+    def discard_unless_trained(self) -> None:
+        """Remove a run that failed before there was anything to keep of it."""
+        if self.path.is_dir() and not any(self.path.rglob(self.checkpoint.name)):
+            self._clear()
+            if not any(self.path.iterdir()):
+                self.path.rmdir()
+
+    def _check_replaceable(self, overwrite: bool) -> None:
+        if not overwrite or not self.begun:
+            is_run = "" if self.begun else ", and holds no run"
+            instead = f", or continue it with --resume {self.path}, or replace it with --overwrite"
+            raise ValueError(
+                f"{self.path} exists{is_run}: choose another --out" + instead * self.begun
+            )
+
     def _clear(self) -> None:
         """Remove what a run writes, and nothing else."""
-        written = ("*.json", "*.safetensors", "metrics.csv", "log_px*.csv", "figures/*.png")
-        for file in [file for pattern in written for file in self.path.glob(pattern)]:
-            file.unlink()
+        for folder in (*self.path.glob("seed-*"), self.path):
+            for file in [file for pattern in WRITTEN for file in folder.glob(pattern)]:
+                file.unlink()
+            for empty in (folder / "figures", folder):
+                if empty.is_dir() and empty != self.path and not any(empty.iterdir()):
+                    empty.rmdir()
 
 
 def made_by() -> dict[str, str | int]:
@@ -225,24 +297,71 @@ def made_by() -> dict[str, str | int]:
 
 
 def _tensors(vae: nn.Module) -> dict[str, torch.Tensor]:
-    return {n: t for n, t in vae.state_dict().items() if isinstance(t, torch.Tensor)}
+    state = vae.state_dict()
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(
+                f"{name} is a {type(value).__name__}, not a tensor: keep it in a buffer, or out of "
+                "the state"
+            )
+    return state
+
+
+def _check_weights(vae: nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    """Refuse weights of another model before one of them is copied."""
+    own = _tensors(vae)
+    wrong = [f"the file has no {name}" for name in own if name not in tensors]
+    wrong += [f"the model has no {name}" for name in tensors if name not in own]
+    wrong += [
+        f"{name} has shape {tuple(tensors[name].shape)} in the file, {tuple(own[name].shape)} in "
+        "the model"
+        for name in own
+        if name in tensors and tensors[name].shape != own[name].shape
+    ]
+    if wrong:
+        more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise ValueError(f"the weights in {folder} do not fit the model: {wrong[0]}{more}")
+
+
+def _as_saved(vae: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Give a rebuilt model the precision of its weights, and its other buffers the commonest."""
+    kinds = [tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()]
+    if kinds:
+        vae.to(max(set(kinds), key=kinds.count))
+    for named in (vae.named_parameters, vae.named_buffers):
+        for name, own in named(remove_duplicate=False):
+            if name in tensors:
+                own.data = own.data.to(tensors[name].dtype)
 
 
 def _read_config(folder: Path, must_exist: bool = False) -> dict[str, Any]:
     file = folder / CONFIG
-    try:
-        return json.loads(file.read_text())
-    except FileNotFoundError as error:
+    if not file.is_file():
         if must_exist:
-            raise ValueError(f"{folder} is no run or saved model: it has no {CONFIG}") from error
+            raise ValueError(f"{folder} is no run or saved model: it has no {CONFIG}")
         return {}
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"{file} is damaged: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} is damaged: expected an object, got a {type(config).__name__}")
+    return config
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(_strict(content), indent=2, allow_nan=False)
     with replacing(file) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def _strict(value: Any) -> Any:
+    """The same without NaN and infinity, which JSON does not have: null in their place."""
+    if isinstance(value, dict):
+        return {name: _strict(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _write_csv(file: Path, rows: Sequence[dict[str, Any]]) -> None:

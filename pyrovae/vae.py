@@ -44,6 +44,7 @@ class VAE(Configurable, nn.Module):
             sees zero for it. Needs a likelihood whose entries are independent given z.
 
     Raises:
+        TypeError: If a part is no module.
         ValueError: If the parts disagree on the number of latents or the shape of a datum.
 
     References:
@@ -52,6 +53,9 @@ class VAE(Configurable, nn.Module):
 
     def __init__(self, prior: Prior, likelihood: Likelihood, guide: Guide, missing: bool = False):
         super().__init__()
+        for role, part in (("prior", prior), ("likelihood", likelihood), ("guide", guide)):
+            if not isinstance(part, nn.Module):
+                raise TypeError(f"{role} must be a module of pyrovae.{role}s, got {part!r}")
         _agree("latent_dim", prior=prior, likelihood=likelihood, guide=guide)
         _agree("shape", likelihood=likelihood, guide=guide)
         self.prior, self.likelihood, self.encoder = prior, likelihood, guide

@@ -180,6 +180,12 @@ def test_grey_levels_follow_the_data_and_are_shared():
     assert np.allclose(picture[7:, :6, 0], scaled[1].clamp(0, 1), atol=1e-6)
 
 
+def test_reconstructions_beyond_the_data_are_white():
+    vae, x = make(GREY, binary=False), torch.rand(4, *GREY)
+    torch.nn.init.constant_(vae.likelihood.net.bias, 100.0)
+    assert np.all(canvas(plotting.reconstructions(vae, x).axes[0])[7:] == 1)
+
+
 def test_samples_are_means_drawn_by_seed():
     vae = make(ODD)
     picture = canvas(plotting.samples(vae, rows=2, columns=3, seed=5).axes[0])
@@ -351,6 +357,16 @@ def test_training_curves_that_are_not_there():
     assert legend(figure) == ["training"]
 
 
+def test_a_kl_of_zero_is_a_value():
+    history = [
+        {"epoch": e, "elbo": -3.0, "kl": 0.0, "kl_weight": (e - 1) / 3} for e in (1, 2, 3, 4)
+    ]
+    elbo, kl = plotting.training_curves(history).axes
+    assert kl.lines[0].get_ydata().tolist() == [0, 0, 0, 0]
+    shade = elbo.patches[0].get_extents().transformed(elbo.transData.inverted())
+    assert (shade.x0, shade.x1) == pytest.approx((0.5, 3.5))
+
+
 def test_log_px_histogram_counts_what_it_leaves_out():
     values = torch.tensor([-math.inf, -90.0, -80.0, -70.0, math.nan, -100.0])
     ax = plotting.log_px_histogram(values).axes[0]
@@ -371,6 +387,9 @@ def test_log_px_histogram_shows_the_extremes():
     assert np.allclose(canvas(least)[0, [0, 7], 0], [0.2, 0.4])
     assert np.allclose(canvas(most)[0, [0, 7], 0], [0.6, 0.8])
     assert least.get_title() == "Least likely"
+    values[4] = math.nan
+    _, _, most = plotting.log_px_histogram(values, x, num=2).axes
+    assert labels(most.xaxis) == ["-1.0", "-5.0"]
 
 
 # Messages

@@ -15,6 +15,9 @@ from torch import Tensor
 CONSTANT = 1e-3
 """Weights whose logarithms spread less than this are constant: what is left is rounding."""
 
+FEWEST = 25
+"""Particles that a tail is fitted to at least: it is a fifth of them, and five."""
+
 
 def log_mean_exp(log_w: Tensor) -> Tensor:
     r"""Log of the mean weight, :math:`\log \tfrac1K \sum_k w_k`."""
@@ -52,26 +55,28 @@ def gain_per_doubling(log_w: Tensor) -> Tensor:
 def khat(log_w: Tensor) -> Tensor:
     """Shape of the weights' right tail: above 0.7 neither estimate nor error can be relied on.
 
-    -inf where all weights are equal; NaN for too few particles to fit a tail.
+    -inf where the largest weights are equal; inf where a few carry everything, so that there is no
+    tail to fit; NaN for too few particles.
 
     References:
         Pareto Smoothed Importance Sampling (Vehtari et al., 2024), arXiv:1507.02646
     """
-    spread = log_w.amax(0) - log_w.amin(0)
-    values = [
-        -math.inf if constant else _tail_shape(column)
-        for constant, column in zip(spread < CONSTANT, log_w.T.cpu().numpy(), strict=True)
-    ]
+    values = [_tail_shape(column) for column in log_w.T.cpu().numpy()]
     return torch.tensor(values, dtype=log_w.dtype, device=log_w.device)
 
 
 def _tail_shape(log_w: np.ndarray) -> float:
-    finite = np.isfinite(log_w)
-    if not finite.any():
+    k = len(log_w)
+    largest = np.sort(log_w)[-math.ceil(min(k / 5, 3 * math.sqrt(k))) - 1 :]
+    if largest[-1] == -math.inf:  # no weight at all
+        return math.inf
+    if (log_w if k < FEWEST else largest).min() > largest[-1] - CONSTANT:
+        return -math.inf
+    if k < FEWEST:
         return math.nan
-    floor = log_w[finite].min() - 100  # arviz fits no infinities; this is a weight of zero too
-    try:
-        _, shape = array_stats.psislw(-np.where(finite, log_w, floor))
-    except (ValueError, IndexError):
-        return math.nan
-    return float(shape)
+    if np.exp(largest[len(largest) // 4] - largest[-1]) == 0:  # too few weights for a tail
+        return math.inf
+    floor = largest[-1] - 1e4  # arviz fits no infinities; this is a weight of zero too
+    with np.errstate(all="ignore"):  # it divides by excesses that are zero
+        _, shape = array_stats.psislw(-np.maximum(log_w, floor))
+    return math.inf if np.isnan(shape) else float(shape)

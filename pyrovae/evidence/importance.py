@@ -13,16 +13,20 @@ References:
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from typing import Any, TypeVar
 
 import pyro
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pyrovae import program
+from pyrovae import nets, program
 from pyrovae._random import key
 from pyrovae.data import as_split
 from pyrovae.evidence import diagnostics
@@ -34,6 +38,8 @@ ROWS = 800
 
 MIN_BLOCK = 8
 """Data in a block with many particles."""
+
+T = TypeVar("T")
 
 
 def elbo(
@@ -66,10 +72,8 @@ def elbo(
     References:
         Auto-Encoding Variational Bayes (Kingma & Welling, 2014), arXiv:1312.6114
     """
-    blocks = _Blocks(model, guide, x, num_particles, seed)
-    with torch.no_grad():
-        means = [log_w.mean(0) + log_det for log_w, log_det, _ in blocks]
-    return torch.cat(means)
+    walk = _Walk(model, guide, x, num_particles, seed)
+    return torch.cat(walk.map(lambda log_w, log_det, _: log_w.mean(0) + log_det))
 
 
 def log_px(
@@ -113,19 +117,15 @@ def log_px(
     """
     if method != "importance":
         raise ValueError(f"method must be 'importance', got {method!r}")
-    walk = _Blocks(model, guide, x, num_particles, seed, dtype, block_size, blocks)
-    parts = []
-    with torch.no_grad():
-        for log_w, log_det, num_dims in tqdm(walk, desc="log p(x)", disable=not progress):
-            parts.append(_estimate(log_w, log_det, num_dims, walk))
-    return LogPx.join(parts)
+    walk = _Walk(model, guide, x, num_particles, seed, dtype, block_size, blocks)
+    return LogPx.join(walk.map(functools.partial(_estimate, walk), progress))
 
 
-def _estimate(log_w: Tensor, log_det: Tensor, num_dims: float, walk: _Blocks) -> LogPx:
-    if log_w.isnan().any():
+def _estimate(walk: _Walk, log_w: Tensor, log_det: Tensor, num_dims: float) -> LogPx:
+    if not (log_w < math.inf).all():
         raise ValueError(
-            "a log weight is NaN: model or guide gives a density that is not a number for this "
-            "data; check the weights and the data"
+            "a log weight is NaN or infinite: model or guide gives a density that is not a number "
+            "for this data; check the weights and the data"
         )
     return LogPx(
         values=diagnostics.log_mean_exp(log_w) + log_det,
@@ -136,13 +136,13 @@ def _estimate(log_w: Tensor, log_det: Tensor, num_dims: float, walk: _Blocks) ->
         method="importance",
         num_particles=walk.num_particles,
         seed=walk.seed,
-        data=walk.description,
+        data=walk.split.description,
         num_dims=num_dims,
     )
 
 
-class _Blocks:
-    """The log weights of the data, a block at a time: `(K, block)`, log_det, observed entries."""
+class _Walk:
+    """The data, a block at a time."""
 
     def __init__(
         self,
@@ -157,56 +157,114 @@ class _Blocks:
     ):
         if num_particles < 1:
             raise ValueError(f"num_particles must be at least 1, got {num_particles}")
+        if block_size is not None and block_size < 1:
+            raise ValueError(f"block_size must be at least 1, got {block_size}")
         self.num_particles = num_particles
         self.seed = random.SystemRandom().getrandbits(31) if seed is None else seed
         self.split = as_split(x)
-        self.description = self.split.description
         self.size = block_size or min(max(ROWS // num_particles, MIN_BLOCK), ROWS)
         total = -(-len(self.split) // self.size)
-        self.numbers = range(total) if blocks is None else blocks
-        if not all(0 <= number < total for number in self.numbers) or not self.numbers:
+        self.numbers = list(range(total) if blocks is None else blocks)
+        if not self.numbers or not set(self.numbers) <= set(range(total)):
             raise ValueError(f"blocks must be among 0 to {total - 1}, got {blocks}")
-        self.model, self.guide, self.to = _in_precision(model, guide, dtype)
-        program.check(self.model, self.guide, self._args(slice(0, 7)))
+        self.programs = _in_precision(model, guide, dtype)
 
-    def __len__(self) -> int:
-        return len(self.numbers)
+    def map(
+        self, function: Callable[[Tensor, Tensor, float], T], progress: bool = False
+    ) -> list[T]:
+        """What a function makes of each block: log weights `(K, n)`, log_det, observed entries."""
+        model, guide = self.programs.model, self.programs.guide
+        with torch.no_grad(), self.programs.running():
+            with program.undisturbed(model, guide):
+                program.check(model, guide, self._args(slice(0, 7)), alone=True)
+            bar = tqdm(self.numbers, desc="log p(x)", disable=not progress)
+            return [function(*self._block(number)) for number in bar]
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, float]]:
-        for number in self.numbers:
-            index = slice(number * self.size, (number + 1) * self.size)
+    def _block(self, number: int) -> tuple[Tensor, Tensor, float]:
+        model, guide = self.programs.model, self.programs.guide
+        index = slice(number * self.size, (number + 1) * self.size)
+        with program.undisturbed(model, guide), program.in_mode(False, model, guide):
+            torch.manual_seed(key(self.seed, number))
             args = self._args(index)
-            with (
-                program.undisturbed(self.model, self.guide),
-                program.in_mode(False, self.model, self.guide),
-                pyro.validation_enabled(False),
-            ):
-                torch.manual_seed(key(self.seed, number))
-                log_w = self._log_weights(args)
-            log_det = self.split.log_det[index].to(log_w)
-            yield log_w, log_det, float((~args[0].isnan()).sum()) / len(args[0])
+            with program.validation(True):
+                self._validate(args, index)
+            with program.validation(False):
+                log_w = program.log_weights(model, guide, args, self.num_particles, ROWS).double()
+        num_dims = float((~args[0].isnan()).sum()) / len(args[0])
+        return log_w, self.split.log_det[index].to(log_w), num_dims
 
-    def _log_weights(self, args: Args) -> Tensor:
-        """A block's log weights in float64, computed a few rows at a time."""
-        step = max(1, ROWS // len(args[0]))
-        counts = [min(step, self.num_particles - k) for k in range(0, self.num_particles, step)]
-        chunks = [program.log_weights(self.model, self.guide, args, k) for k in counts]
-        return torch.cat(chunks).double()
+    def _validate(self, args: Args, index: slice) -> None:
+        """One particle under validation: data outside the support get no density, but a reason."""
+        try:
+            program.log_weights(self.programs.model, self.programs.guide, args, 1)
+        except (ValueError, RuntimeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            last = index.start + len(args[0]) - 1
+            raise ValueError(
+                f"the program fails on data {index.start} to {last}: {reason}"
+            ) from error
 
     def _args(self, index: slice) -> Args:
-        return tuple(self.to(arg) for arg in program.as_args(self.split[index]))
+        return tuple(self.programs.to(arg) for arg in program.as_args(self.split[index]))
 
 
-def _in_precision(
-    model: PyroFunction, guide: PyroFunction, dtype: torch.dtype | None
-) -> tuple[PyroFunction, PyroFunction, Callable[[Tensor], Tensor]]:
-    """Model and guide in `dtype`, copied if they are in another, and how to bring data there."""
+@dataclasses.dataclass(frozen=True)
+class _Programs:
+    """Model and guide in the precision that the estimate is made in.
+
+    Attributes:
+        model: p(x, z).
+        guide: q(z|x).
+        dtype: What they were brought to; None where they run as they are.
+        device: Where they are; None where they do not say.
+    """
+
+    model: PyroFunction
+    guide: PyroFunction
+    dtype: torch.dtype | None
+    device: torch.device | None
+
+    def to(self, tensor: Tensor) -> Tensor:
+        """Bring data to where the programs are."""
+        tensor = tensor.to(self.device) if self.device else tensor
+        return tensor.to(self.dtype) if self.dtype and tensor.is_floating_point() else tensor
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """In this precision, whatever the caller's; Pyro's store is as it was afterwards."""
+        default, store = torch.get_default_dtype(), pyro.get_param_store()
+        device_type = self.device.type if self.device else "cpu"
+        token = nets.autocast.set(nullcontext)
+        try:
+            torch.set_default_dtype(self.dtype or default)
+            with (
+                program.store_kept(),
+                torch.autocast(device_type, enabled=False),
+                store.scope(_converted(store, self.dtype)) if self.dtype else nullcontext(),
+            ):
+                yield
+        finally:
+            torch.set_default_dtype(default)
+            nets.autocast.reset(token)
+
+
+def _converted(store: Any, dtype: torch.dtype) -> dict[str, Any]:
+    """The store's state with its parameters in another precision."""
+    state = store.get_state()
+    floats = {n: p.detach().to(dtype) for n, p in state["params"].items() if p.is_floating_point()}
+    return {**state, "params": {**state["params"], **floats}}
+
+
+def _in_precision(model: PyroFunction, guide: PyroFunction, dtype: torch.dtype | None) -> _Programs:
+    """Model and guide in `dtype`, copied if they are in another."""
     if dtype not in (None, torch.float32, torch.float64):
         raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
-    floats = [p for m in program.modules(model, guide) for p in m.parameters()]
-    now = {p.dtype for p in floats if p.is_floating_point()}
-    wanted = dtype or (torch.float32 if now & {torch.bfloat16, torch.float16} else None)
-    if wanted and now - {wanted}:
+    owned = [p for m in program.modules(model, guide) for p in m.parameters()]
+    stored = list(pyro.get_param_store().get_state()["params"].values())
+    now = {p.dtype for p in (*owned, *stored) if p.is_floating_point()}
+    low = now & {torch.bfloat16, torch.float16}
+    wanted = dtype or (torch.float32 if low else None)
+    if wanted and {p.dtype for p in owned if p.is_floating_point()} - {wanted}:
         model, guide = copy.deepcopy((model, guide))
         for module in program.modules(model, guide):
             if module not in program.owners(model, guide):
@@ -215,10 +273,4 @@ def _in_precision(
                     "copied: make them attributes of an nn.Module, or convert them yourself"
                 )
             module.to(wanted)
-    device = floats[0].device if floats else None
-
-    def to(tensor: Tensor) -> Tensor:
-        tensor = tensor.to(device) if device else tensor
-        return tensor.to(wanted) if wanted and tensor.is_floating_point() else tensor
-
-    return model, guide, to
+    return _Programs(model, guide, wanted, owned[0].device if owned else None)

@@ -62,7 +62,9 @@ class LogPx:
 
     @property
     def bits_per_dim(self) -> float:
-        """-log2 p(x) per observed entry."""
+        """-log2 p(x) per observed entry; NaN where nothing is observed."""
+        if not self.num_dims:
+            return math.nan
         return -self.mean / (self.num_dims * math.log(2))
 
     @property
@@ -75,9 +77,11 @@ class LogPx:
         """Put estimates of consecutive blocks of data together.
 
         Raises:
-            ValueError: If they differ in method, K or seed.
+            ValueError: If they differ in method, K, seed or data, or there is none.
         """
-        settings = {(part.method, part.num_particles, part.seed) for part in parts}
+        settings = {(part.method, part.num_particles, part.seed, part.data) for part in parts}
+        if not settings:
+            raise ValueError("there is no estimate to join")
         if len(settings) != 1:
             raise ValueError(f"estimates of different settings cannot be joined: {settings}")
         sizes = torch.tensor([float(len(part.values)) for part in parts])
@@ -115,10 +119,14 @@ class LogPx:
             f"over {n:,} data" + (f" ({self.data})." if self.data else "."),
             f"Standard error {self.mean_std_error:.3f} from Monte Carlo, {self.test_std_error:.2f} "
             f"from the choice of test data; {self.bits_per_dim:.4f} bits per dimension.",
-            f"The last doubling of K added {gain:.3f} nats.",
-            f"k-hat is above {RELIABLE} for {self.num_unreliable:,} of {n:,} data"
-            + self._advice(gain),
         ]
+        if self.num_particles > 1:
+            sentences.append(f"The last doubling of K added {gain:.3f} nats.")
+        if self.khat.isnan().all():
+            sentences.append("There are too few particles for k-hat.")
+        else:
+            above = f"k-hat is above {RELIABLE} for {self.num_unreliable:,} of {n:,} data"
+            sentences.append(above + self._advice(gain))
         return " ".join(sentences)
 
     def _advice(self, gain: float) -> str:

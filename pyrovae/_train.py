@@ -1,0 +1,374 @@
+"""`pyrovae train`: build what the flags say, train, score, draw; once, or with several seeds."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import shlex
+import sys
+import textwrap
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyrovae import data, plotting
+from pyrovae._catalogue import parts
+from pyrovae._config import Config, find_class, from_config, parameters
+from pyrovae.data import DataSet, Split
+from pyrovae.evidence import log_px
+from pyrovae.objectives import Objective
+from pyrovae.options import Options
+from pyrovae.runs import Run, model_config, save
+from pyrovae.training import NonFiniteLoss, check_data, fit
+from pyrovae.vae import VAE
+
+SECTIONS = {
+    "data": "Data",
+    "prior": "Model",
+    "objective": "Training",
+    "num_particles": "Result",
+}
+"""Where the help of the command begins a new group of flags."""
+
+OF_THE_FOLDER = ("out", "resume", "overwrite")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Train a VAE, estimate log p(x) of the test data, draw figures.
+
+    Without flags: the handwritten digits that come with scikit-learn, in under two minutes. Parts
+    (prior, likelihood, guide, net, objective) are listed by pyrovae parts, with flags of their own.
+
+    Example:
+        pyrovae train
+        pyrovae train --data faces/ --likelihood Normal --likelihood.scale 0.1 --net Conv
+        pyrovae train --data table.csv --missing --latent-dim 5 --out runs/table
+        pyrovae train --resume runs/table
+
+    Args:
+        data: digits, mnist, fashion-mnist, binarized-mnist, omniglot, frey-faces; or your own: a
+            .npy, .npz, .pt or .csv file, or a folder of images.
+        data_root: Folder with the files of the named sets; default: $PYROVAE_DATA.
+        kind: How values are read: binary, grey, real or counts; default: detected.
+        binarize: Grey pixels to zeros and ones: dynamic (drawn afresh in training), fixed (drawn
+            once) or none; default: dynamic for the named sets of digits and characters, else none.
+        dequantize: Add uniform noise to grey levels; default: where they are not binarized.
+        standardize: Scale real data to mean 0 and variance 1; default: yes.
+        missing: NaN, or an empty cell, marks a missing entry.
+        data_seed: Seed of splits and of noise that is drawn once.
+        prior: p(z).
+        likelihood: p(x|z); default: Bernoulli for binary data, and so on by the kind of data.
+        guide: q(z|x).
+        net: Network of likelihood and guide; --guide.net and --likelihood.net give one its own.
+        latent_dim: Number of latents.
+        objective: What is maximised.
+        epochs: Passes over the training data.
+        batch_size: Data in a batch.
+        lr: Learning rate, the highest of the schedule.
+        schedule: Of the learning rate: one-cycle, cosine or constant.
+        kl_warmup: Epochs over which the weight of the KL rises to one; default: none.
+        clip_norm: Bound on the norm of the gradient; default: none.
+        patience: Stop after so many epochs without a better validation ELBO; default: never.
+        seed: Seed of initial weights, order of data and noise.
+        seeds: Train with so many seeds, from --seed on, and report mean and spread.
+        accelerator: Where to compute: auto, cpu, cuda or mps.
+        precision: 32-true, or bf16-mixed for speed.
+        compile: Compile the training step; default: in runs long enough for it to pay.
+        num_particles: Particles per datum in the estimate of the test log p(x).
+        out: Folder of the run; default: runs/DATA-TIME.
+        resume: Go on with the run in this folder exactly where it stopped; takes no other flag.
+        overwrite: Replace the run that is in the folder.
+    """
+
+    data: str = "digits"
+    data_root: str | None = None
+    kind: str | None = None
+    binarize: str | None = None
+    dequantize: bool | None = None
+    standardize: bool | None = None
+    missing: bool = False
+    data_seed: int = 777
+    prior: Config | str = "StandardNormal"
+    likelihood: Config | None = None
+    guide: Config | str = "Normal"
+    net: Config | str = "MLP"
+    latent_dim: int = 50
+    objective: Config | str = "ELBO"
+    epochs: int = 200
+    batch_size: int = 128
+    lr: float = 4e-3
+    schedule: str = "one-cycle"
+    kl_warmup: int = 0
+    clip_norm: float | None = None
+    patience: int | None = None
+    seed: int = 0
+    seeds: int = 1
+    accelerator: str = "auto"
+    precision: str = "32-true"
+    compile: bool | None = None
+    num_particles: int = 5000
+    out: str | None = None
+    resume: str | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("latent_dim", "seeds", "num_particles"):
+            if getattr(self, name) < 1:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} must be at least 1, got {getattr(self, name)}")
+        for name in ("seed", "data_seed"):
+            if not 0 <= getattr(self, name) < 2**63 - 1_000_000:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} must be a number from 0 on, got {getattr(self, name)}")
+        if not self.data:
+            raise ValueError("--data must be a name, a file or a folder, got nothing")
+
+    def plain(self) -> dict[str, Any]:
+        """As a run keeps them: without its folder, and with paths that hold from everywhere."""
+        settings = {n: value for n, value in asdict(self).items() if n not in OF_THE_FOLDER}
+        if self.data not in data.NAMES:
+            settings["data"] = str(Path(self.data).expanduser().resolve())
+        if self.data_root is not None:
+            settings["data_root"] = str(Path(self.data_root).expanduser().resolve())
+        return settings
+
+
+def train(settings: Settings) -> None:
+    """Carry out the command."""
+    if settings.resume:
+        run = Run.open(settings.resume)
+        if run.finished:
+            print(f"The run in {run.path} is finished: there is nothing to go on with.")
+            return
+        settings = saved_settings(run)
+        _train_all(settings, load_data(settings), run)
+        return
+    dataset = load_data(settings)
+    build(settings, dataset)
+    options(settings).fabric()
+    run = _new_run(settings)
+    _train_all(settings, dataset, run)
+
+
+def saved_settings(run: Run) -> Settings:
+    """The settings of a run.
+
+    Raises:
+        ValueError: If the folder holds a model alone, or settings of another version.
+    """
+    saved = run.config.get("settings")
+    if saved is None:
+        raise ValueError(f"{run.path} holds a saved model, not a run of pyrovae train")
+    try:
+        return Settings(**saved)
+    except TypeError as error:
+        raise ValueError(f"{run.path} is of another version of pyrovae: {error}") from error
+
+
+def load_data(settings: Settings) -> DataSet:
+    """The data set that the settings name."""
+    names = ("kind", "binarize", "dequantize", "standardize", "missing")
+    how: dict[str, Any] = {name: getattr(settings, name) for name in names}
+    return data.load(settings.data, settings.data_root, seed=settings.data_seed, **how)
+
+
+def build(settings: Settings, dataset: DataSet) -> tuple[VAE, Objective]:
+    """The VAE that the settings describe, with weights by the seed, and its objective.
+
+    Raises:
+        ValueError: If parts do not fit each other or the data.
+    """
+    given = {
+        "shape": list(dataset.shape),
+        "latent_dim": settings.latent_dim,
+        "net": settings.net,
+    }
+    torch.manual_seed(settings.seed)
+    likelihood = settings.likelihood or _default_likelihood(dataset.kind)
+    vae = VAE(
+        _made(settings.prior, given),
+        _made(likelihood, given),
+        _made(settings.guide, given),
+        missing=settings.missing,
+    )
+    for split in (dataset.train, dataset.valid, dataset.test):
+        check_data(vae.model, vae.guide, split)
+    return vae, from_config(settings.objective)
+
+
+def options(settings: Settings) -> Options:
+    """What `fit` takes of the settings, checked."""
+    return Options(**{field.name: getattr(settings, field.name) for field in fields(Options)})
+
+
+def draw(run: Run, vae: VAE, split: Split) -> list[Path]:
+    """Write a run's figures."""
+    values = run.per_datum("log_px")
+    if values is not None and len(values) != len(split):
+        values = None
+    x = split[slice(0, len(split))]
+    return run.add_figures(plotting.figures(vae.cpu(), x, split.y, run.metrics(), values))
+
+
+def wrapped(text: str) -> str:
+    """A paragraph for the terminal."""
+    return textwrap.fill(text, 98)
+
+
+def _made(config: Any, given: dict[str, Any]) -> Any:
+    """A part of its configuration and what data and other flags say, as far as it takes that."""
+    takes = parameters(find_class(config["class_path"]))
+    own = {name: value for name, value in given.items() if name in takes}
+    return from_config(config | {"init_args": own | config["init_args"]})
+
+
+def _default_likelihood(kind: str) -> Config:
+    """The first likelihood that is made for this kind of data."""
+    part = next(part for part in parts("likelihood").values() if part.kind == kind)
+    return {"class_path": f"{part.__module__}.{part.__name__}", "init_args": {}}
+
+
+def _new_run(settings: Settings) -> Run:
+    if settings.out:
+        return Run.create(settings.out, settings.overwrite)
+    name = f"{Path(settings.data).resolve().stem or 'data'}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return Run.create_beside("runs", name)
+
+
+def _train_all(settings: Settings, dataset: DataSet, run: Run) -> None:
+    """One run, or one for each seed inside the folder."""
+    with _going_on_later(run):
+        if settings.seeds == 1:
+            _train_one(settings, dataset, run)
+            return
+        if not run.begun:
+            run.describe(settings.plain())
+        runs = []
+        for seed in range(settings.seed, settings.seed + settings.seeds):
+            runs.append(Run(run.path / f"seed-{seed}"))
+            _train_one(replace(settings, seed=seed, seeds=1), dataset, runs[-1])
+        _report_seeds(run, runs)
+
+
+@contextmanager
+def _going_on_later(run: Run) -> Iterator[None]:
+    """Say how to go on with a run that was interrupted; leave nothing of one that never began."""
+    try:
+        yield
+    except (KeyboardInterrupt, BrokenPipeError):
+        again = f"pyrovae train --resume {shlex.quote(str(run.path))}"
+        print(f"\nStopped. Go on with: {again}", file=sys.stderr)
+        raise
+    except Exception:
+        run.discard_unless_trained()
+        raise
+
+
+def _train_one(settings: Settings, dataset: DataSet, run: Run) -> None:
+    """Train, score and draw one run, or what is left to do of it."""
+    if run.finished:
+        return
+    start = time.perf_counter()
+    vae, objective = build(settings, dataset)
+    if not run.begun:
+        preprocess = dataset.preprocess.to_config()
+        run.describe(settings.plain(), model=model_config(vae), preprocess=preprocess)
+    print(wrapped(_introduction(dataset, vae)))
+    history = _fit(settings, run, vae, objective, dataset)
+    save(vae, run.path)
+    trained = time.perf_counter() - start
+    result = log_px(
+        vae.model, vae.guide, dataset.test, settings.num_particles, seed=0,
+        progress=sys.stderr.isatty(),
+    )  # fmt: skip
+    run.add_log_px(result)
+    draw(run, vae, dataset.test)
+    run.summarize(
+        epochs=len(history),
+        valid_elbo=max(row["valid_elbo"] for row in history if math.isfinite(row["valid_elbo"])),
+        train_seconds=trained,
+        seconds=time.perf_counter() - start,
+        peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    )
+    print(wrapped(str(result)))
+    print(f"Run in {run.path}, figures in {run.path / 'figures'}")
+
+
+def _fit(
+    settings: Settings, run: Run, vae: VAE, objective: Objective, dataset: DataSet
+) -> list[dict[str, Any]]:
+    interactive = sys.stderr.isatty()
+    every = max(1, settings.epochs // 10)
+
+    def on_epoch(_: Any, row: dict[str, Any]) -> None:
+        run.add_epoch(row)
+        if not interactive and row["epoch"] % every == 0:
+            print(_epoch_line(row, settings.epochs), flush=True)
+
+    resume = run.checkpoint.exists()
+    try:
+        history = fit(
+            vae,
+            dataset.train,
+            valid=dataset.valid,
+            objective=objective,
+            progress=interactive,
+            on_epoch=on_epoch,
+            checkpoint=run.checkpoint,
+            resume=resume,
+            **asdict(options(settings)),
+        )
+    except ValueError as error:
+        if not resume:
+            raise
+        raise ValueError(f"{error}; to start anew, train with --out and --overwrite") from error
+    except NonFiniteLoss as error:
+        raise NonFiniteLoss(f"{error}; the last good checkpoint is {run.checkpoint}") from error
+    run.write_metrics(history)
+    return history
+
+
+def _report_seeds(run: Run, runs: Sequence[Run]) -> None:
+    found = [json.loads((one.path / "log_px.json").read_text()) for one in runs]
+    means = torch.tensor([result["mean"] for result in found], dtype=torch.float64)
+    mean, std = float(means.mean()), float(means.std())
+    error = std / len(means) ** 0.5
+    same = {name: found[0][name] for name in ("method", "num_particles", "num_data", "data")}
+    run.write_json(
+        "log_px.json", {"mean": mean, "std": std, "seed_std_error": error}
+        | {"values": means.tolist(), "seeds": [one.path.name for one in runs]} | same,
+    )  # fmt: skip
+    run.summarize(runs=len(runs))
+    print(
+        wrapped(
+            f"log p(x) over {len(means)} seeds: mean {mean:.2f} nats, standard deviation "
+            f"{std:.2f}, standard error of the mean {error:.2f}; {same['data']}, "
+            f"K = {same['num_particles']:,}."
+        )
+    )
+    print(f"Runs in {run.path}")
+
+
+def _introduction(dataset: DataSet, vae: VAE) -> str:
+    sizes = " / ".join(f"{len(s):,}" for s in (dataset.train, dataset.valid, dataset.test))
+    weights = sum(p.numel() for p in vae.parameters())
+    parts = (vae.prior, vae.likelihood, vae.encoder)
+    prior, likelihood, guide = (type(part).__name__ for part in parts)
+    return (
+        f"{dataset.name}: {sizes} train / valid / test, {dataset.preprocess.describe()}. "
+        f"VAE with {vae.prior.latent_dim} latents: prior {prior}, likelihood {likelihood}, guide "
+        f"{guide}; {weights:,} weights."
+    )
+
+
+def _epoch_line(row: dict[str, Any], epochs: int) -> str:
+    shown = ("elbo", "reconstruction", "kl", "valid_elbo")
+    terms = "  ".join(f"{name} {row[name]:.2f}" for name in shown if name in row)
+    return f"epoch {row['epoch']}/{epochs}  {terms}  ({row['seconds']:.2f} s)"

@@ -1,0 +1,362 @@
+"""The loop of training, its state, and the step it takes.
+
+One fused optimizer steps all parameters. Data stay in memory on the device as they are stored;
+batches are gathered by a permutation and binarized inside the step, which is traced to one tensor
+graph and compiled where there are steps enough to pay for it.
+
+All randomness of an epoch comes from the seed and the epoch's number, so the state between two
+epochs holds no generator, and a run continued from it ends where the uninterrupted one does.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pyrovae import compiled, nets, program
+from pyrovae._config import to_config
+from pyrovae._random import key
+from pyrovae.checkpoint import Checkpoint
+from pyrovae.data import Split
+from pyrovae.objectives import ELBO, Objective
+from pyrovae.options import Options
+from pyrovae.program import Args, PyroFunction
+
+_log = logging.getLogger(__name__)
+
+COMPILE_STEPS = 10_000
+"""A run of at least this many steps is compiled: compiling costs some ten seconds."""
+
+SAVE_SECONDS = 2
+"""Least time between two checkpoints."""
+
+VALID_ROWS = 1000
+"""Validation data scored at once."""
+
+Row = dict[str, Any]
+OnEpoch = Callable[[nn.Module, Row], None]
+
+
+class NonFiniteLoss(RuntimeError):
+    """Training met a loss that is not a number."""
+
+
+class Loop:
+    """One training run: its state, its step, its loop.
+
+    Attributes:
+        tensors: Parameters and buffers by name, live.
+        best: Their values to leave behind: where validation was best, or else after the last whole
+            epoch.
+        history: A row for each epoch done. With `tensors`, `best` and the optimizer's slots it is
+            the whole state between two epochs: all noise comes from the seed and the epoch.
+    """
+
+    def __init__(
+        self,
+        vae: nn.Module,
+        train: Split,
+        valid: Split | None,
+        objective: pyro.infer.ELBO,
+        options: Options,
+        fabric: Fabric,
+    ):
+        self.vae, self.data, self.valid = vae, train, valid
+        model: Any = vae.model
+        guide: Any = vae.guide
+        self.model, self.guide = model, guide
+        self.objective, self.options, self.fabric = objective, options, fabric
+        self.batch_size = min(options.batch_size, len(train))
+        self.steps = len(train) // self.batch_size
+        self.tensors = program.state(self.model, self.guide, program.as_args(train[slice(0, 2)]))
+        unique = {id(t): t for t in self.tensors.values() if t.requires_grad}
+        self.params = list(unique.values())
+        if not self.params:
+            raise ValueError("there is nothing to train: model and guide have no parameters")
+        self.optimizer = torch.optim.Adam(self.params, lr=options.lr, fused=True)
+        self.history: list[Row] = []
+        self.best: dict[str, Tensor] = {}
+        self.names: list[str] = []
+        long = self.steps * options.epochs >= COMPILE_STEPS
+        self.compile = long if options.compile is None else options.compile
+        self.step: compiled.Step
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must share with this run."""
+        sizes = {
+            "data": len(self.data),
+            "valid": self.valid and len(self.valid),
+            "trained": len(self.params),
+        }
+        return self.options.identity() | {"objective": _in_words(self.objective)} | sizes
+
+    @property
+    def over(self) -> bool:
+        """Whether all epochs are done, or patience has run out."""
+        if len(self.history) == self.options.epochs:
+            return True
+        counted = self.history[self.options.kl_warmup :]
+        if self.options.patience is None or not counted:
+            return False
+        return len(counted) - 1 - _best(counted) >= self.options.patience
+
+    def prepare(self, saved: Checkpoint | None) -> None:
+        """Take up an earlier run's state, or start new weights at the data; make the step."""
+        if saved:
+            self._restore(saved)
+        else:
+            self._seed(0)
+            for module in program.owners(self.model, self.guide):
+                if initialize := getattr(module, "initialize", None):
+                    initialize(*program.as_args(self.data[_spread(len(self.data), 10_000)]))
+            self.best = self._snapshot()
+        if not self.over:
+            self.step = self._make_step()
+
+    def train(
+        self, progress: bool, on_epoch: OnEpoch | None, checkpoint: str | Path | None
+    ) -> list[Row]:
+        """Train to the end; the best weights are left in the module, whatever ends it."""
+        last_saved = -math.inf if not self.history else time.monotonic()
+        epochs = self.options.epochs
+        with _bar(epochs * self.steps, len(self.history) * self.steps, progress) as bar:
+            try:
+                while not self.over:
+                    if checkpoint and time.monotonic() - last_saved > SAVE_SECONDS:
+                        self.checkpoint().save(checkpoint)
+                        last_saved = time.monotonic()
+                    row = self._epoch(bar)
+                    if on_epoch:  # before the state is saved: a resumed run leaves none out
+                        on_epoch(self.vae, row)
+                if checkpoint:
+                    self.checkpoint().save(checkpoint)
+            finally:
+                _copy(self.best, self.tensors)
+        return self.history
+
+    def checkpoint(self) -> Checkpoint:
+        """The state of training between two epochs."""
+        slots = self.optimizer.state_dict()["state"]
+        return Checkpoint(
+            settings=self.identity,
+            history=self.history,
+            compiled=self.compile,
+            tensors={name: tensor.detach() for name, tensor in self.tensors.items()},
+            best=self.best,
+            optimizer={f"{i}.{key}": t for i, slot in slots.items() for key, t in slot.items()},
+        )
+
+    def _restore(self, saved: Checkpoint) -> None:
+        if saved.tensors.keys() != self.tensors.keys():
+            raise ValueError("the checkpoint is of another model: its weights have other names")
+        for name, tensor in self.tensors.items():
+            if saved.tensors[name].shape != tensor.shape:
+                raise ValueError(
+                    f"the checkpoint is of another model: {name} has shape "
+                    f"{tuple(saved.tensors[name].shape)}, here {tuple(tensor.shape)}"
+                )
+        _copy(saved.tensors, self.tensors)
+        slots: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in saved.optimizer.items():
+            i, key = name.split(".")
+            slots.setdefault(int(i), {})[key] = tensor
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
+        self.best = {name: tensor.to(self.fabric.device) for name, tensor in saved.best.items()}
+        self.history, self.compile = list(saved.history), saved.compiled
+
+    def _make_step(self) -> compiled.Step:
+        """The step, compiled if that pays: of a KL weight and a batch as stored."""
+
+        def loss(kl_weight: Tensor, *stored: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            value, terms = self._surrogate(self._seen(stored), kl_weight)
+            self.names = list(terms)
+            return value / self.batch_size, {n: t / self.batch_size for n, t in terms.items()}
+
+        step = compiled.with_gradients(loss, self.params)
+        example = (self._kl_weight(0), *self._stored(torch.arange(self.batch_size)))
+        with self._running(), program.undisturbed(self.model, self.guide):
+            step(*example)
+            if self.compile:
+                _log.info("compiling the training step")
+                fast = compiled.compile_step(step, example)
+                self.compile, step = fast is not None, fast or step
+        return step
+
+    def _surrogate(self, args: Args, kl_weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        if isinstance(self.objective, Objective):
+            return self.objective.surrogate(self.model, self.guide, args, kl_weight)
+        model, guide = _on_own_tensors(self.model), _on_own_tensors(self.guide)
+        value = self.objective.differentiable_loss(model, guide, *args)
+        return value, {"elbo": -value}
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Training mode, and networks in the precision asked for."""
+        token = nets.autocast.set(self.fabric.autocast)
+        try:
+            with program.in_mode(True, self.model, self.guide):
+                yield
+        finally:
+            nets.autocast.reset(token)
+
+    def _epoch(self, bar: tqdm) -> Row:
+        """One pass over the data, then validation: the row, added to the history."""
+        epoch, start = len(self.history), time.perf_counter()
+        self._seed(epoch + 1)
+        order = torch.randperm(len(self.data)).to(self.fabric.device)
+        batches = order[: self.steps * self.batch_size].split(self.batch_size)
+        outputs = []
+        with self._running():
+            for i, index in enumerate(batches):
+                outputs.append(self._update(epoch, i, self._stored(index)))
+                bar.update()
+        terms = torch.stack(outputs)
+        self._check_finite(epoch, terms, batches)
+        row = {"epoch": epoch + 1, **dict(zip(self.names, terms.mean(0)[1:].tolist(), strict=True))}
+        row |= {f"valid_{name}": value for name, value in self._validate().items()}
+        row["lr"] = self.optimizer.param_groups[0]["lr"]
+        row["kl_weight"] = float(self._kl_weight(epoch * self.steps + self.steps - 1))
+        row["seconds"] = time.perf_counter() - start
+        self.history.append(row)
+        if self.valid is None or _best(self.history) == epoch:
+            self.best = self._snapshot()
+        shown = {name: f"{row[name]:.2f}" for name in (*self.names, "valid_elbo") if name in row}
+        bar.set_postfix(epoch=f"{epoch + 1}/{self.options.epochs}", **shown)
+        return row
+
+    def _update(self, epoch: int, i: int, batch: Args) -> Tensor:
+        """One step of the optimizer; the loss and its terms."""
+        t = epoch * self.steps + i
+        output, grads = self.step(self._kl_weight(t), *batch)
+        if output.device.type == "cpu" and not math.isfinite(output[0]):
+            raise self._non_finite(epoch, i, batch)
+        for param, grad in zip(self.params, grads, strict=True):
+            param.grad = grad
+        if self.options.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.params, self.options.clip_norm)
+        done = t / (self.steps * self.options.epochs)
+        self.optimizer.param_groups[0]["lr"] = self.options.rate(done)
+        self.optimizer.step()
+        return output
+
+    def _kl_weight(self, t: int) -> Tensor:
+        """Weight of the KL at step `t` of all, as a tensor: a number would be frozen in a graph."""
+        warmup = self.options.kl_warmup * self.steps
+        weight = min(1.0, (t + 1) / warmup) if warmup else 1.0
+        return torch.full((), weight, device=self.fabric.device)
+
+    def _stored(self, index: Tensor) -> Args:
+        """Rows as they are stored."""
+        data = self.data.data
+        return tuple(part[index] for part in (data if isinstance(data, tuple) else (data,)))
+
+    def _seen(self, stored: Args) -> Args:
+        """What the model sees of rows as stored."""
+        is_tuple = isinstance(self.data.data, tuple)
+        return program.as_args(self.data.transform(stored if is_tuple else stored[0]))
+
+    def _validate(self) -> dict[str, float]:
+        """Terms of the ELBO on the validation data, under the same noise every epoch."""
+        split = self.valid
+        if split is None:
+            return {}
+        self._seed(0)
+        sums: dict[str, float] = {}
+        with torch.no_grad(), program.in_mode(False, self.model, self.guide):
+            for start in range(0, len(split), VALID_ROWS):
+                args = program.as_args(split[slice(start, start + VALID_ROWS)])
+                for name, value in ELBO().surrogate(self.model, self.guide, args)[1].items():
+                    sums[name] = sums.get(name, 0.0) + float(value)
+        return {name: value / len(split) for name, value in sums.items()}
+
+    def _snapshot(self) -> dict[str, Tensor]:
+        return {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
+
+    def _seed(self, epoch: int) -> None:
+        """Start the noise of an epoch, from 1; 0 is of validation and first weights."""
+        torch.manual_seed(key(self.options.seed, epoch))
+
+    def _check_finite(self, epoch: int, terms: Tensor, batches: Sequence[Tensor]) -> None:
+        """Refuse an epoch with a loss, or that ended in weights, that are not finite."""
+        finite = terms.isfinite().all(1)
+        if not finite.all():
+            i = int((~finite).nonzero()[0])
+            raise self._non_finite(epoch, i, self._stored(batches[i]))
+        if not all(param.isfinite().all() for param in self.params):
+            raise self._non_finite(epoch, len(batches) - 1, self._stored(batches[-1]))
+
+    def _non_finite(self, epoch: int, i: int, stored: Args) -> NonFiniteLoss:
+        """The error for a loss that is not finite, with what made it so."""
+        trained = [(name, t) for name, t in self.tensors.items() if t.requires_grad]
+        bad = [name for name, t in trained if not t.isfinite().all()]
+        cause = f"a step left {bad[0]!r} not finite" if bad else self._bad_site(stored)
+        return NonFiniteLoss(
+            f"the loss is not finite at epoch {epoch + 1}, step {i + 1}: {cause}; "
+            "try a lower lr, clip_norm=10, or data on another scale"
+        )
+
+    def _bad_site(self, stored: Args) -> str:
+        """The first site whose log density is not finite, under ten draws."""
+        with torch.no_grad(), self._running():
+            args = self._seen(stored)
+            drawn = program.draw(self.guide, args, 10)
+            sites = program.score_sites(self.model, program.repeat(args, 10), drawn.values)
+        for where, scores in (("guide", drawn.scores), ("model", sites)):
+            for name, score in scores.items():
+                if not score.log_prob.isfinite().all():
+                    return f"site {name!r} of the {where} has log densities that are not finite"
+        return "no site alone explains it"
+
+
+def _on_own_tensors(fn: PyroFunction) -> PyroFunction:
+    """A function that modules own, run on their tensors and not on the store's."""
+    if not program.owners(fn):
+        return fn
+
+    def scoped(*args: Tensor) -> Any:
+        with pyro.get_param_store().scope():
+            return fn(*args)
+
+    return scoped
+
+
+def _in_words(objective: pyro.infer.ELBO) -> Any:
+    """An objective as plain values."""
+    try:
+        return to_config(objective)
+    except TypeError:
+        return f"{type(objective).__name__}({objective.num_particles})"
+
+
+def _best(rows: Sequence[Row]) -> int:
+    """The first of the rows with the highest validation ELBO; what is no number is lowest."""
+    scores = [-math.inf if math.isnan(row["valid_elbo"]) else row["valid_elbo"] for row in rows]
+    return scores.index(max(scores))
+
+
+def _bar(total: int, done: int, progress: bool) -> tqdm:
+    return tqdm(total=total, initial=done, unit="step", disable=not progress, dynamic_ncols=True)
+
+
+def _copy(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, tensor in target.items():
+            tensor.copy_(source[name])
+
+
+def _spread(size: int, at_most: int) -> Tensor:
+    """Up to so many indices, evenly spread."""
+    return torch.arange(0, size, max(1, math.ceil(size / at_most)))

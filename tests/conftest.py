@@ -1,0 +1,13 @@
+"""Every test starts from one seed and an empty parameter store, and validates."""
+
+import pyro
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    pyro.set_rng_seed(0)
+    pyro.clear_param_store()
+    with pyro.validation_enabled(True):
+        yield
+    pyro.clear_param_store()

@@ -1,0 +1,593 @@
+"""The command line: what it writes, what it says, what it refuses."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import pyrovae
+from pyrovae import _catalogue, cli
+from pyrovae.runs import Run
+
+FAST = ("--epochs", "2", "--num-particles", "3", "--latent-dim", "2", "--net.hidden", "5")
+OWN = '''
+import pyro.distributions as dist
+from pyrovae import likelihoods
+
+class Student(likelihoods.Likelihood):
+    """Student's t: noise with outliers.
+
+    Args:
+        df: Degrees of freedom.
+    """
+    num_params = 2
+
+    def __init__(self, *args, df: float = 3.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.df = df
+
+    def distribution(self, params):
+        loc, log_scale = self.split(params)
+        return self._independent(dist.StudentT(self.df, loc, log_scale.exp()))
+
+class Plain(likelihoods.Normal):
+    pass
+
+class Untyped(likelihoods.Normal):
+    def __init__(self, shape, latent_dim, net=None, scale=0.7):
+        super().__init__(shape, latent_dim, net, scale)
+
+class Broken(likelihoods.Normal):
+    def distribution(self, params):
+        raise RuntimeError("not today")
+'''
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of its own to work in, with some data."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYROVAE_DATA", raising=False)
+    rng = np.random.default_rng(0)
+    real = rng.normal(3, 2, (40, 4)).astype(np.float32)
+    holes = np.where(rng.random(real.shape) < 0.2, np.nan, real)
+    np.save("real.npy", real)
+    np.save("holes.npy", holes)
+    np.save("infinite.npy", np.where(holes > 3, np.inf, 1.0))
+    np.save("empty.npy", real[:0])
+    np.save("one.npy", real[:1])
+    np.save("negative.npy", rng.integers(-3, 5, (40, 4)))
+    np.save("binary.npy", rng.integers(0, 2, (40, 4)).astype(np.uint8))
+    np.save("counts.npy", rng.poisson(3, (40, 4)))
+    np.savez(
+        "labelled.npz", x=rng.integers(0, 256, (40, 6, 7)).astype(np.uint8), y=np.arange(40) % 3
+    )
+    np.save("colour.npy", rng.integers(0, 256, (30, 3, 6, 7)).astype(np.uint8))
+    Path("cut.npy").write_bytes(Path("real.npy").read_bytes()[:200])
+    Path("table.csv").write_text(
+        "a,b\n" + "".join(f"{i / 7:.3f},{'' if i % 5 else i}\n" for i in range(40))
+    )
+    Path("own_parts.py").write_text(OWN)
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def _modules_as_they_were() -> Any:
+    before = list(sys.path)
+    yield
+    sys.path[:] = before
+    sys.modules.pop("own_parts", None)
+
+
+@pytest.fixture
+def pictures() -> None:
+    """Asked for by tests that want figures; the others are quicker without."""
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr("pyrovae.plotting.figures", lambda *_: {})
+
+
+Ran = tuple[int, str, str]
+
+
+@pytest.fixture
+def pv(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """Run the command in this process: exit code, output, errors."""
+
+    def run(*words: object) -> Ran:
+        code = cli.main([str(word) for word in words])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.mark.usefixtures("pictures")
+def test_a_run_is_all_there(pv: Callable[..., Ran]) -> None:
+    code, out, err = pv("train", *FAST, "--out", "run")
+    assert (code, err) == (0, "")
+    assert "log p(x) >= " in out
+    assert "Run in run, figures in run/figures" in out
+    names = {str(p.relative_to("run")) for p in Path("run").rglob("*") if p.is_file()}
+    figures = {"interpolations", "latent_space", "log_px", "manifold", "reconstructions"}
+    figures |= {"samples", "training_curves"}
+    assert names == {
+        *("config.json", "weights.safetensors", "training.safetensors", "summary.json"),
+        *("metrics.csv", "log_px.csv", "log_px.json"),
+        *(f"figures/{name}.png" for name in figures),
+    }
+    rows = Run("run").metrics()
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert {"elbo", "reconstruction", "kl", "valid_elbo"} <= set(rows[0])
+    found = json.loads(Path("run/log_px.json").read_text())
+    assert {"mean", "mean_std_error", "test_std_error", "method", "num_particles"} <= set(found)
+    values = torch.tensor(
+        [float(v) for v in np.loadtxt("run/log_px.csv", str, delimiter=",")[1:, 1]]
+    )
+    assert len(values) == found["num_data"] == 300
+    assert values.double().mean() == pytest.approx(found["mean"], rel=1e-5)
+    assert isinstance(pyrovae.load("run"), pyrovae.VAE)
+
+
+@pytest.mark.usefixtures("pictures")
+def test_using_a_run(pv: Callable[..., Ran]) -> None:
+    pv("train", *FAST, "--data", "labelled.npz", "--out", "run")
+    before = Path("run/log_px.json").read_text()
+    Path("run").rename("moved run")
+    assert pv("log-px", "moved run", "--num-particles", 3)[0] == 0
+    assert Path("moved run/log_px.json").read_text() == before
+    code, _out, _ = pv("log-px", "moved run", "--num-particles", 3, "--data", "labelled.npz")
+    assert code == 0
+    assert json.loads(Path("moved run/log_px-labelled.json").read_text())["num_data"] == 40
+    assert pv("encode", "moved run")[1] == "4 codes in moved run/codes.npz\n"
+    assert pv("encode", "moved run", "--data", "labelled.npz", "--out", "z.npz")[0] == 0
+    codes = np.load("z.npz")
+    assert (codes["loc"].shape, codes["scale"].shape, codes["y"].shape) == ((40, 2), (40, 2), (40,))
+    assert (codes["scale"] > 0).all()
+    assert pv("sample", "moved run", "--num-samples", 5)[0] == 0
+    drawn = np.load("moved run/samples.npz")
+    assert drawn["x"].shape == drawn["mean"].shape == (5, 1, 6, 7)
+    Path("moved run/figures/samples.png").unlink()
+    assert "moved run/figures/samples.png" in pv("plot", "moved run")[1]
+    assert Path("moved run/figures/samples.png").exists()
+
+
+def test_samples_of_standardized_data_come_in_their_own_units(pv: Callable[..., Ran]) -> None:
+    pv("train", *FAST, "--data", "real.npy", "--out", "run")
+    pv("sample", "run", "--num-samples", 2000)
+    drawn = np.load("run/samples.npz")["x"]
+    assert np.abs(drawn.mean(0) - 3).max() < 1.5
+    assert (np.abs(drawn.std(0) - 2) < 1).all()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--data", "table.csv", "--missing"),
+        ("--data", "colour.npy", "--net", "Conv", "--net.channels", "4,8", "--net.hidden", "5"),
+        ("--data", "labelled.npz", "--binarize", "dynamic", "--guide.net", "Conv"),
+        ("--data", "counts.npy", "--objective.analytic-kl", "--objective.beta", "0.5"),
+        ("--data", "binary.npy", "--batch_size=100000", "--kl-warmup", "1", "--patience", "5"),
+        ("--data", "real.npy", "--likelihood.scale", "per-pixel", "--likelihood", "Normal"),
+        ("--data", "real.npy", "--likelihood", "Normal", "--likelihood.net", "MLP"),
+        (
+            "--data",
+            "real.npy",
+            "--standardize",
+            "false",
+            "--clip-norm",
+            "1",
+            "--schedule",
+            "cosine",
+        ),
+    ],
+    ids=lambda words: " ".join(words),
+)
+@pytest.mark.usefixtures("pictures")
+def test_what_newcomers_try(pv: Callable[..., Ran], words: tuple[str, ...]) -> None:
+    fast = FAST if "Conv" not in words[:4] else FAST[:-2]
+    code, _out, err = pv("train", *fast, *words, "--out", Path("run").resolve())
+    assert (code, err) == (0, ""), err
+    assert pv("log-px", "run", "--num-particles", 3)[0] == 0
+
+
+def test_flags_reach_the_parts(pv: Callable[..., Ran]) -> None:
+    words = ("--guide.net", "MLP", "--guide.net.hidden", "3,4", "--likelihood", "Normal")
+    pv("train", *FAST, "--data", "real.npy", *words, "--likelihood.scale", "0.5", "--out", "run")
+    model = json.loads(Path("run/config.json").read_text())["model"]["init_args"]
+    assert model["guide"]["init_args"]["net"]["init_args"]["hidden"] == [3, 4]
+    assert model["likelihood"]["init_args"]["net"]["init_args"]["hidden"] == 5
+    assert model["likelihood"]["init_args"]["scale"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "expected"),
+    [
+        ("Student", ("--likelihood.df", "5"), {"df": 5.0}),
+        ("Plain", ("--likelihood.scale", "0.3"), {"fixed_scale": 0.3}),
+        ("Untyped", (), {"fixed_scale": 0.7}),
+        ("Untyped", ("--likelihood.scale", "0.3"), {"fixed_scale": 0.3}),
+    ],
+)
+def test_a_likelihood_of_ones_own(
+    pv: Callable[..., Ran], name: str, words: tuple[str, ...], expected: dict[str, float]
+) -> None:
+    own = ("--data", "real.npy", "--likelihood", f"own_parts.{name}", *words)
+    code, _, err = pv("train", *FAST, *own, "--out", "run")
+    assert (code, err) == (0, "")
+    before = Path("run/log_px.json").read_text()
+    Path("run/summary.json").unlink()
+    assert pv("train", "--resume", "run")[0] == 0
+    assert Path("run/log_px.json").read_text() == before
+    assert pv("log-px", "run", "--num-particles", 3)[0] == 0
+    loaded: Any = pyrovae.load("run")
+    assert type(loaded.likelihood).__name__ == name
+    assert {key: getattr(loaded.likelihood, key) for key in expected} == expected
+
+
+# Resuming -----------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_has_nothing_to_go_on_with(pv: Callable[..., Ran]) -> None:
+    pv("train", *FAST, "--out", "run")
+    before = {p: p.stat().st_mtime_ns for p in Path("run").rglob("*")}
+    code, out, _ = pv("train", "--resume", "run")
+    assert code == 0
+    assert "is finished" in out
+    assert {p: p.stat().st_mtime_ns for p in Path("run").rglob("*")} == before
+
+
+def test_a_run_that_was_killed_early_ends_like_one_that_was_not(pv: Callable[..., Ran]) -> None:
+    pv("train", *FAST, "--out", "whole")
+    (Path("begun")).mkdir()
+    Path("begun/config.json").write_text(Path("whole/config.json").read_text())
+    assert pv("train", "--resume", "begun")[0] == 0
+    weights = [Path(run, "weights.safetensors").read_bytes() for run in ("whole", "begun")]
+    assert weights[0] == weights[1]
+
+
+def test_data_are_found_from_another_folder(
+    pv: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pv("train", *FAST, "--data", "real.npy", "--out", "run")
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert pv("log-px", "../run", "--num-particles", 3)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda run: _cut(run / "training.safetensors"), "damaged or cut short .* start anew"),
+        (lambda run: _lower_lr(run / "config.json"), "other settings: lr .* start anew"),
+        (lambda run: _cut(run / "config.json"), "config.json is damaged"),
+        (lambda run: (run / "config.json").unlink(), "is no run or saved model"),
+        (lambda run: (run / "config.json").write_text('{"settings": {"a": 1}}'), "another version"),
+        (
+            lambda run: (run / "config.json").write_text('{"model": null}'),
+            "a saved model, not a run",
+        ),
+    ],
+)
+def test_what_cannot_be_resumed_says_why(pv: Callable[..., Ran], harm: Any, message: str) -> None:
+    pv("train", *FAST, "--out", "run")
+    Path("run/summary.json").unlink()
+    harm(Path("run"))
+    _refused(pv("train", "--resume", "run"), message)
+    assert Path("run/weights.safetensors").exists()
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:300])
+
+
+def _lower_lr(file: Path) -> None:
+    file.write_text(file.read_text().replace('"lr": 0.004', '"lr": 0.002'))
+
+
+def test_seeds_report_mean_and_spread_and_go_on_where_they_stopped(pv: Callable[..., Ran]) -> None:
+    code, out, _ = pv("train", *FAST, "--seeds", 3, "--seed", 4, "--out", "run")
+    assert code == 0
+    assert "log p(x) over 3 seeds: mean " in out
+    found = json.loads(Path("run/log_px.json").read_text())
+    values = [json.loads(Path(f"run/seed-{i}/log_px.json").read_text())["mean"] for i in (4, 5, 6)]
+    assert found["values"] == values
+    assert found["mean"] == pytest.approx(np.mean(values))
+    assert found["std"] == pytest.approx(np.std(values, ddof=1))
+    assert len(set(values)) == 3
+    Path("run/summary.json").unlink()
+    Path("run/seed-6/summary.json").unlink()
+    Path("run/seed-6/config.json").unlink()
+    done = Path("run/seed-4/summary.json").stat().st_mtime_ns
+    assert pv("train", "--resume", "run")[0] == 0
+    assert Path("run/seed-4/summary.json").stat().st_mtime_ns == done
+    assert json.loads(Path("run/log_px.json").read_text()) == found
+    _refused(pv("log-px", "run"), "several seeds: name one, such as run/seed-4")
+    pv("train", *FAST, "--out", "alone", "--seed", 5)
+    assert json.loads(Path("alone/log_px.json").read_text())["mean"] == values[1]
+
+
+# What bad input gets ------------------------------------------------------------------------------
+
+
+def _refused(ran: Ran, message: str) -> None:
+    """One line on the error stream that matches, and exit code 2."""
+    code, _, err = ran
+    assert code == 2
+    assert err.startswith("pyrovae: ")
+    assert err.endswith("\n")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    assert re.search(message, err), err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--data digit", "got 'digit'; did you mean digits"),
+        ("--data nothing.npy", "no such file or folder"),
+        ("--data cut.npy", "expected a whole, readable file"),
+        ("--data holes.npy", r"expected no NaN, .*\(--missing\)"),
+        ("--data infinite.npy", "expected finite values"),
+        ("--data infinite.npy --missing", "expected finite values"),
+        ("--data empty.npy", "at least one datum"),
+        ("--data one.npy", "at least three data"),
+        ("--data=", "--data must be a name, a file or a folder"),
+        ("--data mnist", r"not downloaded .* put .*\(--data-root\)"),
+        ("--data mnist --data-root /nowhere", "expected a folder with data"),
+        ("--data negative.npy --kind counts", "whole numbers from 0 on"),
+        ("--data negative.npy --likelihood Poisson", "outside the support of the likelihood"),
+        ("--binarize none --likelihood Bernoulli", "outside the support of the likelihood"),
+        ("--data real.npy --net Conv", "use MLP for other data"),
+        ("--likelihood Bernouli", r"no likelihood called 'Bernouli' \(did you mean Bernoulli\?\)"),
+        ("--likelihood Likelihood", "no likelihood called 'Likelihood'"),
+        ("--guide.net Con", r"no net called 'Con' \(did you mean Conv\?\)"),
+        ("--objective Nope", "no objective called 'Nope'; there are .*ELBO"),
+        ("--prior nowhere.Prior", "the module 'nowhere' of .* cannot be imported"),
+        ("--likelihood own_parts.Studen", r"no class 'Studen' \(did you mean Student\?\)"),
+        ("--likelihood pyrovae.guides.Normal", "derived from pyrovae.likelihoods.Likelihood"),
+        ("--data real.npy --likelihood own_parts.Broken", "not today"),
+        ("--likelihood", "--likelihood needs a name"),
+        ("--guide.net", "--guide.net needs a name"),
+        (
+            "--likelihood Normal --likelihood.scale big",
+            "a number or learned or per-pixel, got 'big'",
+        ),
+        ("--likelihood Normal --likelihood.scale -1", "scale must be positive and finite"),
+        ("--likelihood Normal --likelihood.scal 1", "Normal takes --likelihood.scale"),
+        ("--likelihood.scale 1", "name the likelihood it belongs to"),
+        ("--likelihood Bernoulli --likelihood.shape 1", "Bernoulli takes no flags"),
+        ("--likelihood.net Conv", "name the likelihood it belongs to"),
+        ("--net.hidden a", "--net.hidden must be a whole number or numbers like 50,20, got 'a'"),
+        ("--net.hidden 0", "hidden must be positive integers"),
+        ("--net.activation rel", "activation must be one of elu"),
+        ("--objective.beta x", "--objective.beta must be a number, got 'x'"),
+        ("--num-particles 0", "--num-particles must be at least 1, got 0"),
+        ("--latent-dim 0", "--latent-dim must be at least 1, got 0"),
+        ("--seeds 0", "--seeds must be at least 1"),
+        ("--seed -1", "--seed must be a number from 0 on, got -1"),
+        ("--batch-size 0", "batch_size must be"),
+        ("--epochs 0", "epochs must be"),
+        ("--epochs two", "--epochs must be a whole number, got 'two'"),
+        ("--epochs", "--epochs needs a value"),
+        ("--lr -1", "lr must be positive"),
+        ("--lr nan", "lr must be"),
+        ("--schedule foo", "schedule must be one of"),
+        ("--precision 16", "precision must be one of"),
+        ("--kind foo", "kind: expected one of"),
+        ("--epoch 3", r"no flag --epoch \(did you mean --epochs\?\)"),
+        ("stray", "'stray' is not expected here"),
+        ("--missing maybe", "'maybe' is not expected here"),
+        ("--accelerator abacus", "accelerator 'abacus'"),
+        ("--resume nothing", "is no run or saved model"),
+        ("--resume nothing --epochs 3", "leave out --epochs"),
+        ("--out real.npy", "exists, and holds no run"),
+        ("--out real.npy/run", "cannot be written"),
+        ("--out real.npy/run --seeds 2", "cannot be written"),
+        ("--out . --overwrite", "exists, and holds no run"),
+    ],
+)
+def test_bad_input_gets_one_line_and_leaves_nothing(
+    pv: Callable[..., Ran], words: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_network(*_: Any, **__: Any) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(Path("cache").resolve()))
+    before = {p: p.read_bytes() for p in Path().rglob("*") if p.is_file()}
+    _refused(pv("train", *words.split()), message)
+    after = {
+        p: p.read_bytes() for p in Path().rglob("*") if p.is_file() and "__pycache__" not in str(p)
+    }
+    assert after == before
+    assert not Path("runs").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_cuda_where_there_is_none(pv: Callable[..., Ran]) -> None:
+    _refused(pv("train", "--accelerator", "cuda"), "accelerator 'cuda' .* 'cpu'")
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("trian", r"no command 'trian' \(did you mean train\?\)"),
+        ("log-px", "pyrovae log-px needs RUN"),
+        ("log-px nothing", "is no run or saved model"),
+        ("log-px real.npy", "is no run or saved model"),
+        ("log-px run --num-particles 0", "num_particles must be at least 1"),
+        ("log-px run --method guess", "method"),
+        ("log-px run --data holes.npy", "expected no NaN"),
+        ("log-px run --data binary.npy --latent-dim 3", "no flag --latent-dim"),
+        ("log-px run --data table.csv", r"expected data of shape \(N, 4\)"),
+        ("log-px run extra", "'extra' is not expected here"),
+        ("encode run --out z.txt", "must be an .npz file"),
+        ("encode run --out nowhere/z.npz", "there is no folder nowhere"),
+        ("sample run --num-samples 0", "--num-samples must be at least 1"),
+        ("plot run --data-root", "--data-root needs a value"),
+        (
+            "train --data real.npy --out run",
+            "choose another --out, or continue it with --resume run",
+        ),
+        ("parts all", "'all' is not expected here"),
+        ("train --likelihood.help Bernouli", "did you mean Bernoulli"),
+    ],
+)
+def test_bad_input_to_other_commands(pv: Callable[..., Ran], words: str, message: str) -> None:
+    pv("train", *FAST, "--data", "real.npy", "--out", "run")
+    before = {p: p.stat().st_mtime_ns for p in Path("run").rglob("*")}
+    _refused(pv(*words.split()), message)
+    assert {p: p.stat().st_mtime_ns for p in Path("run").rglob("*")} == before
+
+
+def test_a_run_without_weights_or_with_damaged_ones_says_so(pv: Callable[..., Ran]) -> None:
+    pv("train", *FAST, "--data", "real.npy", "--out", "run")
+    _cut(Path("run/weights.safetensors"))
+    _refused(pv("sample", "run"), "damaged or cut short")
+    Path("run/weights.safetensors").unlink()
+    _refused(pv("sample", "run"), "pyrovae train --resume run")
+    Path("real.npy").unlink()
+    _refused(
+        pv("train", "--resume", "run") if not Run("run").finished else pv("plot", "run"), "run"
+    )
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
+    pv: Callable[..., Ran],
+) -> None:
+    ran = pv("train", *FAST, "--data", "real.npy", "--lr", "1e30", "--epochs", 20, "--out", "run")
+    _refused(ran, r"epoch \d+, step \d+: .*; the last good checkpoint is run/training.safetensors")
+    assert Path("run/training.safetensors").exists()
+    assert not Run("run").finished
+
+
+def test_a_failure_before_the_first_step_leaves_no_folder(
+    pv: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise ValueError("the first batch does not do")
+
+    monkeypatch.setattr("pyrovae._train.fit", fails)
+    _refused(pv("train", *FAST, "--out", "run"), "the first batch does not do")
+    _refused(pv("train", *FAST, "--seeds", 2, "--out", "run"), "the first batch does not do")
+    assert not Path("run").exists()
+
+
+# Help ---------------------------------------------------------------------------------------------
+
+
+def test_no_words_and_help_show_the_commands(pv: Callable[..., Ran]) -> None:
+    assert pv() == pv("--help") == pv("-h")
+    code, out, _ = pv()
+    assert code == 0
+    assert all(f"  {name} " in out for name in cli.COMMANDS)
+    assert pv("--version") == (0, f"{pyrovae.__version__}\n", "")
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_names_every_flag_in_words(pv: Callable[..., Ran], command: str) -> None:
+    code, out, err = pv(command, "--help")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"usage: pyrovae {command}")
+    assert max(map(len, out.splitlines())) <= 100
+    for name, parameter in cli._flags.parameters_of(cli.COMMANDS[command]).items():
+        flag = (
+            name.upper() if parameter.default is parameter.empty else f"--{name.replace('_', '-')}"
+        )
+        (line,) = (i for i, line in enumerate(out.splitlines()) if line.split()[:1] == [flag])
+        words = " ".join(out.splitlines()[line : line + 2]).split()
+        assert len(words) > 3, f"{flag} is not explained"
+    assert not any(word in out for word in ("Callable", "Optional", "class_path", "None", "null"))
+
+
+def test_parts_shows_every_part_with_flags_and_papers(pv: Callable[..., Ran]) -> None:
+    code, out, _ = pv("parts")
+    assert code == 0
+    for role in _catalogue.ROLES:
+        assert f"--{role} NAME" in out
+        for name, part in _catalogue.parts(role).items():
+            assert f"\n  {name}: " in out
+            for flag, words in _catalogue.flags(part).items():
+                assert f"--{role}.{flag.replace('_', '-')}" in out
+                assert _catalogue.read_docstring(part)[1].get(flag), f"{part} explains no {flag}"
+                assert words.default is words.empty or _catalogue.shown_default(words) in out
+    assert "arXiv:1312.6114" in out
+
+
+def test_help_of_one_part(pv: Callable[..., Ran]) -> None:
+    code, out, _ = pv("train", "--likelihood.help", "Normal")
+    assert code == 0
+    assert out.startswith("  Normal: ")
+    assert "--likelihood.scale (a number or learned or per-pixel)" in out
+    assert "Conv: " in pv("train", "--guide.net.help")[1]
+    assert "Degrees of freedom" in pv("train", "--likelihood.help=own_parts.Student")[1]
+
+
+# In a process of its own --------------------------------------------------------------------------
+
+
+def _start(*words: str, **options: Any) -> subprocess.Popen[str]:
+    root = str(Path(pyrovae.__file__).parent.parent)
+    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "pyrovae.cli", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        **options,
+    )
+
+
+def _wait_for(file: Path, lines: int) -> None:
+    deadline = time.monotonic() + 60
+    while not file.exists() or file.read_text().count("\n") < lines:
+        assert time.monotonic() < deadline, f"{file} did not come"
+        time.sleep(0.05)
+
+
+def test_killed_and_interrupted_runs_go_on(pv: Callable[..., Ran]) -> None:
+    """One that is killed, then interrupted, ends where the undisturbed one does."""
+    words = ("train", *FAST, "--epochs", "150")
+    killed = _start(*words, "--out", "run")
+    _wait_for(Path("run/metrics.csv"), 20)
+    killed.kill()
+    killed.communicate()
+    again = _start("train", "--resume", "run")
+    _wait_for(Path("run/metrics.csv"), 40)
+    again.send_signal(signal.SIGINT)
+    _, err = again.communicate(timeout=60)
+    assert again.returncode == 130
+    assert "Go on with: pyrovae train --resume run" in err
+    assert "Traceback" not in err
+    assert pv("train", "--resume", "run")[0] == 0
+    assert pv(*words, "--out", "whole")[0] == 0
+    assert [row["epoch"] for row in Run("run").metrics()] == list(range(1, 151))
+    for name in ("weights.safetensors", "log_px.csv"):
+        assert Path("run", name).read_bytes() == Path("whole", name).read_bytes()
+    assert not list(Path("run").glob(".*.tmp"))
+
+
+def test_a_reader_that_leaves_early_sees_no_traceback() -> None:
+    process = _start("parts")
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait(60) == 141

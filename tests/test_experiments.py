@@ -1,0 +1,25 @@
+"""Every experiment runs with tiny settings, and is listed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "experiments"
+SCRIPTS = sorted(FOLDER.glob("*.py"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_runs(script, tmp_path):
+    command = [sys.executable, str(script), "--smoke", "--results", str(tmp_path)]
+    subprocess.run(command, check=True, timeout=300)
+    assert list(tmp_path.glob("*.json"))
+
+
+def test_each_is_listed():
+    listed = (FOLDER / "README.md").read_text()
+    assert SCRIPTS
+    for script in SCRIPTS:
+        assert f"`{script.name}`" in listed

@@ -1,0 +1,363 @@
+"""Priors, likelihoods and guides: one table, and every property on every entry."""
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from pyrovae import guides, likelihoods, nets, priors
+from pyrovae._config import from_config, to_config
+from pyrovae._distributions import ContinuousBernoulli
+from pyrovae._part import Conditional
+
+IMAGE, LATENTS = (1, 3, 4), 2
+NET = nets.MLP(hidden=(8,))
+
+PRIORS: dict[str, Callable[[], priors.Prior]] = {
+    "StandardNormal": lambda: priors.StandardNormal(LATENTS),
+}
+LIKELIHOODS: dict[str, Callable[[], likelihoods.Likelihood]] = {
+    "Bernoulli": lambda: likelihoods.Bernoulli(IMAGE, LATENTS, NET),
+    "ContinuousBernoulli": lambda: likelihoods.ContinuousBernoulli(IMAGE, LATENTS, NET),
+    "Normal": lambda: likelihoods.Normal(IMAGE, LATENTS, NET),
+    "Normal, fixed": lambda: likelihoods.Normal(IMAGE, LATENTS, NET, scale=0.5),
+    "Normal, per-pixel": lambda: likelihoods.Normal(IMAGE, LATENTS, NET, scale="per-pixel"),
+    "Poisson": lambda: likelihoods.Poisson(IMAGE, LATENTS, NET),
+}
+GUIDES: dict[str, Callable[[], guides.Guide]] = {
+    "Normal": lambda: guides.Normal(IMAGE, LATENTS, NET),
+}
+TABLE: dict[str, Callable[[], nn.Module]] = {
+    f"{role} {name}": make
+    for role, table in (("prior", PRIORS), ("likelihood", LIKELIHOODS), ("guide", GUIDES))
+    for name, make in table.items()
+}
+GRIDS = {  # for each likelihood over one entry: points, weights
+    "Bernoulli": (torch.tensor([0.0, 1.0]), torch.ones(2)),
+    "Poisson": (torch.arange(200.0), torch.ones(200)),
+    "ContinuousBernoulli": (torch.linspace(0, 1, 4001), None),
+    "Normal": (torch.linspace(-40, 40, 20001), None),
+}
+
+
+@pytest.fixture(autouse=True)
+def _double() -> Any:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def condition(part: nn.Module, lead: tuple[int, ...]) -> Tensor:
+    shape = IMAGE if isinstance(part, guides.Guide) else (LATENTS,)
+    return torch.randn(*lead, *shape)
+
+
+def p(part: nn.Module, lead: tuple[int, ...] = (5,)) -> dist.TorchDistribution:
+    return part() if isinstance(part, priors.Prior) else part(condition(part, lead))
+
+
+def shaken(part: nn.Module) -> nn.Module:
+    """The part with other weights than it was born with."""
+    with torch.no_grad():
+        for param in part.parameters():
+            param.add_(0.3 * torch.randn_like(param))
+    return part
+
+
+@pytest.mark.parametrize(
+    ("module", "base", "table"),
+    [
+        (priors, priors.Prior, PRIORS),
+        (likelihoods, likelihoods.Likelihood, LIKELIHOODS),
+        (guides, guides.Guide, GUIDES),
+    ],
+    ids=["priors", "likelihoods", "guides"],
+)
+def test_every_public_part_is_in_the_table(module: Any, base: type, table: dict[str, Any]) -> None:
+    public = {name for name in module.__all__ if getattr(module, name) is not base}
+    defined = {
+        name
+        for name, part in vars(module).items()
+        if isinstance(part, type) and issubclass(part, base) and part is not base
+    }
+    assert public == {name.split(",")[0] for name in table}
+    assert public == {name for name in defined if not name.startswith("_")}
+    assert all(make().__class__.__name__ == name.split(",")[0] for name, make in table.items())
+
+
+@pytest.mark.parametrize("lead", [(), (5,), (3, 5)])
+@pytest.mark.parametrize("name", TABLE)
+def test_shapes(name: str, lead: tuple[int, ...]) -> None:
+    part = TABLE[name]()
+    lead = () if isinstance(part, priors.Prior) else lead
+    event = IMAGE if isinstance(part, likelihoods.Likelihood) else (LATENTS,)
+    px = p(part, lead)
+    assert (px.batch_shape, px.event_shape) == (lead, event)
+    assert px.sample((2,)).shape == (2, *lead, *event)
+    assert px.log_prob(px.sample()).shape == lead
+    assert px.mean.shape == (*lead, *event)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_draws_lie_in_the_support_and_have_finite_densities(name: str) -> None:
+    part = shaken(TABLE[name]())
+    px = p(part)
+    x = px.sample((50,))
+    assert px.support.check(x).all()
+    assert px.log_prob(x).isfinite().all()
+    if isinstance(part, likelihoods.Likelihood):
+        assert part.support.check(x).all()
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_the_mean_is_that_of_the_draws(name: str) -> None:
+    px = p(shaken(TABLE[name]()), (2,))
+    x = px.sample((20_000,))
+    standard_error = x.std(0) / math.sqrt(len(x)) + 1e-12
+    assert ((x.mean(0) - px.mean) / standard_error).abs().max() < 5
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_a_likelihood_sums_to_one(name: str) -> None:
+    """Entry by entry: entries are independent given z, so all but one stay where they are."""
+    part: Any = shaken(LIKELIHOODS[name]())
+    base = part(torch.randn(4, LATENTS)).base_dist
+    x, weight = GRIDS[name.split(",")[0]]
+    density = base.log_prob(x[:, None, None, None, None].expand(-1, *base.batch_shape)).exp()
+    total = density.sum(0) if weight is not None else torch.trapezoid(density, x, dim=0)
+    torch.testing.assert_close(total, torch.ones_like(total), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in TABLE if not name.startswith("likelihood")])
+def test_a_density_of_latents_integrates_to_one(name: str) -> None:
+    pz = p(shaken(TABLE[name]()), ())
+    grid = torch.linspace(-12, 12, 801)
+    z = torch.cartesian_prod(grid, grid).unflatten(0, (801, 801))
+    total = torch.trapezoid(torch.trapezoid(pz.log_prob(z).exp(), grid), grid)
+    torch.testing.assert_close(total, torch.ones_like(total), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_gradients_reach_every_parameter(name: str) -> None:
+    part = shaken(TABLE[name]())
+    px = p(part)
+    log_prob = px.log_prob(px.sample()).sum()
+    assert log_prob.requires_grad == any(True for _ in part.parameters())
+    if log_prob.requires_grad:
+        log_prob.backward()
+    for label, param in part.named_parameters():
+        assert param.grad is not None, label
+        assert param.grad.isfinite().all(), label
+        assert param.grad.any(), label
+        assert param.grad.all() or label != "net.bias", "an output of the network is not used"
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_a_guide_can_be_differentiated_through(name: str) -> None:
+    part = shaken(GUIDES[name]())
+    p(part).rsample().square().sum().backward()
+    assert all(param.grad is not None and param.grad.any() for param in part.parameters())
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_state_and_configuration_make_the_same_part(name: str) -> None:
+    part = shaken(TABLE[name]())
+    again = from_config(json.loads(json.dumps(to_config(part))))
+    assert type(again) is type(part)
+    again.load_state_dict(part.state_dict())
+    c = () if isinstance(part, priors.Prior) else (condition(part, (5,)),)
+    x = part(*c).sample()
+    assert torch.equal(part(*c).log_prob(x), again(*c).log_prob(x))
+    assert to_config(again) == to_config(part)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_parts_work_in_float32_and_without_a_batch(name: str) -> None:
+    part = TABLE[name]().float()
+    for lead in ((), (5,)):
+        given = () if isinstance(part, priors.Prior) else (condition(part, lead).float(),)
+        px = part(*given)
+        assert px.sample().dtype == torch.float32
+        assert px.log_prob(px.sample()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_other_numbers_of_latents_and_shapes_are_refused(name: str) -> None:
+    kind: Any = type(TABLE[name]())
+    if issubclass(kind, priors.Prior):
+        with pytest.raises(ValueError, match="latent_dim must be at least 1, got 0"):
+            kind(0)
+        return
+    with pytest.raises(ValueError, match="latent_dim must be at least 1, got 0"):
+        kind(IMAGE, 0)
+    with pytest.raises(ValueError, match="shape must be positive integers"):
+        kind((1, 0, 4), LATENTS)
+    with pytest.raises(ValueError, match="shape is that of one datum"):
+        kind((), LATENTS)
+    with pytest.raises(ValueError, match=r"the network takes tensors of shape \(\.\.\., "):
+        TABLE[name]()(torch.zeros(5, 7))
+
+
+# Starting at the data -----------------------------------------------------------------------------
+
+DATA: dict[str, Callable[[], Tensor]] = {
+    "Bernoulli": lambda: (torch.rand(4000, *IMAGE) < 0.1 + 0.8 * torch.rand(IMAGE)).double(),
+    "ContinuousBernoulli": lambda: torch.rand(4000, *IMAGE) ** (3 * torch.rand(IMAGE)),
+    "Normal": lambda: 3 + torch.randn(4000, *IMAGE) * torch.arange(1.0, 13).view(IMAGE),
+    "Poisson": lambda: torch.poisson((1 + 5 * torch.rand(IMAGE)).expand(4000, *IMAGE)),
+}
+TOLERANCE = {"ContinuousBernoulli": 0.04}
+"""How far the mean may start from the data's; its inverse is approximate for one of them."""
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+@pytest.mark.parametrize("missing", [False, True])
+def test_initialize_starts_the_mean_at_the_data(name: str, missing: bool) -> None:
+    kind = name.split(",")[0]
+    part, x = LIKELIHOODS[name](), DATA[kind]()
+    if missing:
+        x = x.masked_fill(torch.rand_like(x) < 0.3, math.nan)
+    part.initialize(x)
+    at_zero = part(torch.zeros(LATENTS)).mean
+    tolerance = TOLERANCE.get(kind, 1e-6)
+    torch.testing.assert_close(at_zero, x.nanmean(0), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_initialize_leaves_trained_networks_alone(name: str) -> None:
+    part = shaken(LIKELIHOODS[name]())
+    before = {key: value.clone() for key, value in part.state_dict().items()}
+    part.initialize(DATA[name.split(",")[0]]())
+    assert all(torch.equal(before[key], value) for key, value in part.state_dict().items())
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_initialize_takes_an_entry_that_is_never_seen(name: str) -> None:
+    part, x = LIKELIHOODS[name](), DATA[name.split(",")[0]]()
+    x[:, 0, 0, 0] = math.nan
+    part.initialize(x)
+    assert all(value.isfinite().all() for value in part.state_dict().values())
+
+
+# Single parts -------------------------------------------------------------------------------------
+
+
+def test_normal_starts_its_noise_at_the_spread_of_the_data() -> None:
+    x = DATA["Normal"]()
+    per_pixel = likelihoods.Normal(IMAGE, LATENTS, NET, scale="per-pixel")
+    per_pixel.initialize(x)
+    torch.testing.assert_close(per_pixel.scale, x.std(0, correction=0), rtol=1e-3, atol=1e-3)
+    learned = likelihoods.Normal(IMAGE, LATENTS, NET)
+    learned.initialize(x)
+    expected = x.var(0, correction=0).mean().sqrt()
+    torch.testing.assert_close(learned.scale, expected, rtol=1e-3, atol=1e-3)
+    fixed = likelihoods.Normal(IMAGE, LATENTS, NET, scale=0.5)
+    fixed.initialize(x)
+    assert fixed.scale == 0.5
+    assert fixed(torch.zeros(3, LATENTS)).base_dist.scale.unique() == 0.5
+
+
+@pytest.mark.parametrize(("scale", "shape"), [("learned", ()), ("per-pixel", IMAGE), (0.5, None)])
+def test_the_noise_of_normal_is_learned_where_it_says_so(scale: Any, shape: Any) -> None:
+    part = likelihoods.Normal(IMAGE, LATENTS, NET, scale=scale)
+    found = [param.shape for name, param in part.named_parameters() if "scale" in name]
+    assert found == ([] if shape is None else [shape])
+
+
+@pytest.mark.parametrize("scale", [0, -1.0, math.inf, math.nan, "fixed"])
+def test_normal_refuses_other_noise(scale: Any) -> None:
+    with pytest.raises(ValueError, match="scale must be"):
+        likelihoods.Normal(IMAGE, LATENTS, NET, scale=scale)
+
+
+def test_every_kind_of_data_has_a_first_choice() -> None:
+    from pyrovae.data.preprocess import KINDS
+
+    kinds = [getattr(likelihoods, name).kind for name in likelihoods.__all__]
+    assert sorted(kind for kind in kinds if kind) == sorted(KINDS)
+
+
+def test_a_part_of_ones_own_needs_only_its_distribution() -> None:
+    class Laplace(likelihoods.Likelihood):
+        num_params = 2
+
+        def distribution(self, params: Tensor) -> dist.TorchDistribution:
+            loc, log_scale = self.split(params)
+            return dist.Laplace(loc, log_scale.exp()).to_event(3)
+
+    px = Laplace((3, 4, 5), LATENTS, nets.Conv(channels=(4,)))(torch.zeros(7, LATENTS))
+    assert (px.batch_shape, px.event_shape) == ((7,), (3, 4, 5))
+    with pytest.raises(NotImplementedError):
+        Conditional((2,), (3,))(torch.zeros(2))
+
+
+def test_supports_say_what_data_a_likelihood_takes() -> None:
+    x = torch.tensor([0.0, 1.0, 0.5, 2.0, -1.0])
+    taken = {
+        name: make().support.check(x).tolist()
+        for name, make in LIKELIHOODS.items()
+        if "," not in name
+    }
+    assert taken == {
+        "Bernoulli": [True, True, False, False, False],
+        "ContinuousBernoulli": [True, True, True, False, False],
+        "Normal": [True] * 5,
+        "Poisson": [True, True, False, True, False],
+    }
+
+
+# The continuous Bernoulli against arithmetic with 60 digits ---------------------------------------
+
+LOGITS = [0, 1e-8, 1e-4, -1e-3, 0.01, 0.0999, 0.1001, -0.2, 1, 5, -10, 20, -50, 100, -300, 1000]
+
+
+def _exact(logit: float, x: float) -> tuple[float, float]:
+    """Log density and mean."""
+    from decimal import Decimal, localcontext
+
+    with localcontext() as context:
+        context.prec = 60
+        t = Decimal(logit)
+        if abs(t) < Decimal("1e-12"):
+            return 0.0, 0.5
+        log_p = t * Decimal(x) + (t / (t.exp() - 1)).ln()
+        return float(log_p), float(1 / (1 - (-t).exp()) - 1 / t)
+
+
+@pytest.mark.parametrize("x", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-6)])
+def test_continuous_bernoulli_is_exact(dtype: torch.dtype, tolerance: float, x: float) -> None:
+    logits = torch.tensor(LOGITS, dtype=dtype, requires_grad=True)
+    exact = torch.tensor([_exact(t, x) for t in logits.tolist()], dtype=torch.float64)
+    px = ContinuousBernoulli(logits)
+    log_prob = px.log_prob(torch.full_like(logits, x))
+    (slope,) = torch.autograd.grad(log_prob.sum(), logits)
+    near = {"rtol": tolerance, "atol": tolerance}
+    torch.testing.assert_close(log_prob.detach().double(), exact[:, 0], **near)
+    torch.testing.assert_close(px.mean.detach().double(), exact[:, 1], **near)
+    torch.testing.assert_close(slope.double(), x - exact[:, 1], **near)
+
+
+def test_continuous_bernoulli_draws_what_it_scores() -> None:
+    px = ContinuousBernoulli(torch.tensor(LOGITS))
+    x = px.sample((50_000,))
+    assert px.support is constraints.unit_interval
+    assert ((x.mean(0) - px.mean) / (px.variance / len(x)).sqrt()).abs().max() < 5
+    torch.testing.assert_close(x.var(0), px.variance, rtol=0.05, atol=0)
+    single = ContinuousBernoulli(torch.tensor(LOGITS, dtype=torch.float32)).sample((10_000,))
+    assert single.min() >= 0
+    assert single.max() <= 1
+
+
+def test_continuous_bernoulli_expands_and_checks_its_values() -> None:
+    px = ContinuousBernoulli(torch.zeros(3), validate_args=True)
+    assert px.expand((2, 3)).sample().shape == (2, 3)
+    assert px.expand((2, 3)).log_prob(torch.ones(3)).shape == (2, 3)
+    with pytest.raises(ValueError, match="support"):
+        px.log_prob(torch.tensor(1.5))
