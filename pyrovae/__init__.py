@@ -1,8 +1,10 @@
 """Variational autoencoders written as Pyro programs.
 
->>> vae = pyrovae.VAE(prior, likelihood, guide)               # doctest: +SKIP
->>> history = pyrovae.fit(vae, train, valid=valid)            # doctest: +SKIP
->>> print(pyrovae.log_px(vae.model, vae.guide, test))         # doctest: +SKIP
+Train one and score it::
+
+    vae = pyrovae.VAE(prior, likelihood, guide)
+    history = pyrovae.fit(vae, train, valid=valid)
+    print(pyrovae.log_px(vae.model, vae.guide, test))
 """
 
 from pyrovae import data, evidence, guides, likelihoods, nets, objectives, plotting, priors

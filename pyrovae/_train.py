@@ -74,7 +74,8 @@ class Settings:
         lr: Learning rate, the highest of the schedule.
         schedule: Of the learning rate: one-cycle, cosine or constant.
         kl_warmup: Epochs over which the weight of the KL rises to one; default: none.
-        clip_norm: Bound on the norm of the gradient; default: none.
+        clip_norm: Bound on the norm of the gradient per datum, such as 100 where training is thrown
+            back again and again; default: none.
         patience: Stop after so many epochs without a better validation ELBO; default: never.
         seed: Seed of initial weights, order of data and noise.
         seeds: Train with so many seeds, from --seed on, and report mean and spread.

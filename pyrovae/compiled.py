@@ -23,21 +23,31 @@ Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 Step = Callable[..., tuple[Tensor, Sequence[Tensor]]]
 
 
-def with_gradients(loss: Loss, params: Sequence[Tensor]) -> Step:
+def with_gradients(loss: Loss, params: Sequence[Tensor], clip_norm: float | None = None) -> Step:
     """The loss with its terms, stacked, and its gradient for each parameter.
 
     Args:
         loss: A function to a scalar and, by name, scalars to report.
         params: Leaves to differentiate for; zero where the loss does not depend on one.
+        clip_norm: Norm to which a larger gradient is scaled down; None leaves it.
     """
 
     def step(*args: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         value, terms = loss(*args)
         grads = torch.autograd.grad(value, params, allow_unused=True, materialize_grads=True)
+        if clip_norm is not None:
+            grads = _clipped(grads, clip_norm)
         laid_out = [_laid_out(grad, p) for grad, p in zip(grads, params, strict=True)]
         return torch.stack([value, *terms.values()]).detach(), laid_out
 
     return step
+
+
+def _clipped(grads: Sequence[Tensor], norm: float) -> list[Tensor]:
+    """Gradients whose joint norm is at most `norm`."""
+    total = torch.stack([grad.square().sum() for grad in grads]).sum().sqrt()
+    factor = (norm / total).clamp(max=1.0)
+    return [grad * factor for grad in grads]
 
 
 def _laid_out(grad: Tensor, param: Tensor) -> Tensor:

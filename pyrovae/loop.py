@@ -185,7 +185,7 @@ class Loop:
             self.names = list(terms)
             return value / self.batch_size, {n: t / self.batch_size for n, t in terms.items()}
 
-        step = compiled.with_gradients(loss, self.params)
+        step = compiled.with_gradients(loss, self.params, self.options.clip_norm)
         example = (self._kl_weight(0), *self._stored(torch.arange(self.batch_size)))
         with self._running(), program.undisturbed(self.model, self.guide):
             step(*example)
@@ -245,8 +245,6 @@ class Loop:
             raise self._non_finite(epoch, i, batch)
         for param, grad in zip(self.params, grads, strict=True):
             param.grad = grad
-        if self.options.clip_norm:
-            torch.nn.utils.clip_grad_norm_(self.params, self.options.clip_norm)
         done = t / (self.steps * self.options.epochs)
         self.optimizer.param_groups[0]["lr"] = self.options.rate(done)
         self.optimizer.step()
@@ -305,7 +303,7 @@ class Loop:
         cause = f"a step left {bad[0]!r} not finite" if bad else self._bad_site(stored)
         return NonFiniteLoss(
             f"the loss is not finite at epoch {epoch + 1}, step {i + 1}: {cause}; "
-            "try a lower lr, clip_norm=10, or data on another scale"
+            "try a lower lr, clip_norm=100, or data on another scale"
         )
 
     def _bad_site(self, stored: Args) -> str:

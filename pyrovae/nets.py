@@ -134,6 +134,11 @@ class Conv(Net):
         activation: elu, gelu, relu, silu, softplus or tanh.
         batch_norm: Normalise each convolution's output over the batch. Off by default: it makes the
             output for one datum depend on the others in training.
+
+    Example:
+        >>> encoder = Conv(channels=(8, 16))((1, 28, 20), (4,))
+        >>> encoder(torch.zeros(5, 1, 28, 20)).shape
+        torch.Size([5, 4])
     """
 
     def __init__(

@@ -69,7 +69,8 @@ def fit(
         schedule: one-cycle, cosine, constant, or a function from the fraction of training done to
             a multiple of `lr`.
         kl_warmup: Epochs over which the weight of the KL rises to one; for our own objectives.
-        clip_norm: Bound on the norm of the gradient per datum; None for no bound.
+        clip_norm: Bound on the norm of the gradient per datum, against steps that throw training
+            back; None for no bound.
         patience: Stop after so many epochs, counted from the end of the KL warm-up, without a
             better validation ELBO; None never stops.
         seed: Of data order and noise. Initial weights are the caller's.

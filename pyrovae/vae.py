@@ -47,6 +47,13 @@ class VAE(Configurable, nn.Module):
         TypeError: If a part is no module.
         ValueError: If the parts disagree on the number of latents or the shape of a datum.
 
+    Example:
+        >>> from pyrovae import guides, likelihoods, priors
+        >>> prior, shape = priors.StandardNormal(latent_dim=2), (1, 8, 8)
+        >>> vae = VAE(prior, likelihoods.Bernoulli(shape, 2), guides.Normal(shape, 2))
+        >>> vae.sample(3).shape, vae.encode(torch.zeros(5, 1, 8, 8)).shape
+        (torch.Size([3, 1, 8, 8]), torch.Size([5, 2]))
+
     References:
         Missing entries: MIWAE (Mattei & Frellsen, 2019), arXiv:1812.02633
     """

@@ -7,6 +7,7 @@ from matplotlib.collections import PathCollection
 from sklearn.decomposition import PCA
 
 from pyrovae import guides, likelihoods, nets, plotting, priors
+from pyrovae.plotting import panels
 from pyrovae.vae import VAE
 
 GREY, RGB, ODD, TABLE = (1, 6, 6), (3, 5, 7), (1, 7, 3), (14,)
@@ -263,7 +264,7 @@ def test_samples_of_a_table_keep_their_noise_beside_the_data():
 
 
 def test_counts_get_a_bin_for_each_value():
-    edges = plotting._edges(np.array([0.0, 1, 2, 2]), np.array([3.0]))
+    edges = panels.bin_edges(np.array([0.0, 1, 2, 2]), np.array([3.0]))
     assert edges == [-0.5, 0.5, 1.5, 2.5, 3.5]
 
 

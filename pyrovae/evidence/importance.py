@@ -114,6 +114,19 @@ def log_px(
     Raises:
         ValueError: If an argument is out of range, the program cannot be scored per datum, or a log
             weight is NaN.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+        >>> x = torch.tensor([0.0, 1.0])
+        >>> log_px(model, guide, x, num_particles=10).values  # this guide is the exact posterior
+        tensor([-1.2655, -1.5155], dtype=torch.float64)
     """
     if method != "importance":
         raise ValueError(f"method must be 'importance', got {method!r}")
