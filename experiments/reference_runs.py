@@ -28,7 +28,14 @@ RUNS = {
     "binarized-mnist": ["--epochs", "50", "--num-particles", "1000"],
     "fashion-mnist": ["--epochs", "50", "--num-particles", "1000"],
     "omniglot": ["--epochs", "50", "--num-particles", "1000"],
-    "frey-faces": "--likelihood Normal --likelihood.scale per-pixel --clip-norm 100".split(),
+    "frey-faces": [
+        "--likelihood",
+        "Normal",
+        "--likelihood.scale",
+        "per-pixel",
+        "--clip-norm",
+        "100",
+    ],
 }
 SMOKE = ["--epochs", "2", "--num-particles", "10"]
 

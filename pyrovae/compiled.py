@@ -34,9 +34,8 @@ def with_gradients(loss: Loss, params: Sequence[Tensor], clip_norm: float | None
 
     def step(*args: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         value, terms = loss(*args)
-        grads = torch.autograd.grad(value, params, allow_unused=True, materialize_grads=True)
-        if clip_norm is not None:
-            grads = _clipped(grads, clip_norm)
+        exact = torch.autograd.grad(value, params, allow_unused=True, materialize_grads=True)
+        grads = exact if clip_norm is None else _clipped(exact, clip_norm)
         laid_out = [_laid_out(grad, p) for grad, p in zip(grads, params, strict=True)]
         return torch.stack([value, *terms.values()]).detach(), laid_out
 
