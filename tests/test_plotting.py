@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.collections import PathCollection
+from matplotlib.colors import to_rgb
 from sklearn.decomposition import PCA
 
 from pyrovae import guides, likelihoods, nets, plotting, priors
@@ -166,7 +167,7 @@ def test_missing_entries_have_their_colour(shape):
     vae, x = make(shape, missing=True), bits(3, shape)
     x[1, -1, 2, 3] = math.nan
     ax = plotting.reconstructions(vae, x).axes[0]
-    orange = np.all(np.isclose(canvas(ax), plotting.to_rgb(panels.MISSING)), axis=-1)
+    orange = np.all(np.isclose(canvas(ax), to_rgb(panels.MISSING)), axis=-1)
     width = shape[2] + 1
     assert np.argwhere(orange).tolist() == [[2, width + 3]]
     assert legend(ax) == ["missing"]
