@@ -43,7 +43,7 @@ def run(name: str, data_root: str | None, smoke: bool, results: Path) -> dict:
         subprocess.run([*command, *root, "--out", str(out)], check=True)
         summary = json.loads((out / "summary.json").read_text())
         log_px = json.loads((out / "log_px.json").read_text())
-        settings = json.loads((out / "config.json").read_text())["settings"]
+        settings = json.loads((out / "config.json").read_text())["settings"] | {"data_root": None}
         for figure in FIGURES:
             shutil.copy(out / "figures" / f"{figure}.png", results / f"{name}-{figure}.png")
     return {

@@ -561,6 +561,7 @@ def _wait_for(file: Path, lines: int) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_killed_and_interrupted_runs_go_on(pv: Callable[..., Ran]) -> None:
     """One that is killed, then interrupted, ends where the undisturbed one does."""
     words = ("train", *FAST, "--epochs", "150")
