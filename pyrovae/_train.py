@@ -173,6 +173,20 @@ def saved_settings(run: Run) -> Settings:
         raise ValueError(f"{run.path} is of another version of pyrovae: {error}") from error
 
 
+def check_same_data(run: Run, dataset: DataSet) -> None:
+    """Refuse data that are no longer those the run was made with.
+
+    Raises:
+        ValueError: If a split differs.
+    """
+    known = run.config.get("data", {})
+    if changed := [n for n, found in dataset.fingerprint.items() if known.get(n, found) != found]:
+        raise ValueError(
+            f"the data in {dataset.name} are not those of the run in {run.path}: the "
+            f"{' and '.join(changed)} split differ; put the old file back, or train anew"
+        )
+
+
 def load_data(settings: Settings) -> DataSet:
     """The data set that the settings name."""
     names = ("kind", "binarize", "dequantize", "standardize", "missing")
@@ -280,7 +294,13 @@ def _train_one(settings: Settings, dataset: DataSet, run: Run) -> None:
     vae, objective = build(settings, dataset)
     if not run.begun:
         preprocess = dataset.preprocess.to_config()
-        run.describe(settings.plain(), model=model_config(vae), preprocess=preprocess)
+        run.describe(
+            settings.plain(),
+            model=model_config(vae),
+            preprocess=preprocess,
+            data=dataset.fingerprint,
+        )
+    check_same_data(run, dataset)
     print(wrapped(_introduction(dataset, vae)))
     history = _fit(settings, run, vae, objective, dataset)
     save(vae, run.path)

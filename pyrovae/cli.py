@@ -16,7 +16,16 @@ import torch
 import pyrovae
 from pyrovae import _catalogue, _flags, data
 from pyrovae._catalogue import ROLES, dashed
-from pyrovae._train import SECTIONS, Settings, draw, load_data, saved_settings, train, wrapped
+from pyrovae._train import (
+    SECTIONS,
+    Settings,
+    check_same_data,
+    draw,
+    load_data,
+    saved_settings,
+    train,
+    wrapped,
+)
 from pyrovae.checkpoint import replacing
 from pyrovae.data import Preprocess, Split
 from pyrovae.evidence import log_px
@@ -241,7 +250,9 @@ def _split(run: Run, source: str | None, root: str | None) -> Split:
     if source is not None:
         return data.file_split(source, Preprocess.from_config(preprocess), root)
     settings = saved_settings(run)
-    return load_data(replace(settings, data_root=root) if root else settings).test
+    dataset = load_data(replace(settings, data_root=root) if root else settings)
+    check_same_data(run, dataset)
+    return dataset.test
 
 
 def _in_own_units(preprocess: dict[str, Any] | None, x: torch.Tensor) -> torch.Tensor:

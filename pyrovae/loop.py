@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,6 +85,7 @@ class Loop:
         self.params = list(unique.values())
         if not self.params:
             raise ValueError("there is nothing to train: model and guide have no parameters")
+        _warn_of_left_out(self.model, self.guide, self.params)
         self.optimizer = torch.optim.Adam(self.params, lr=options.lr, fused=True)
         self.history: list[Row] = []
         self.best: dict[str, Tensor] = {}
@@ -188,7 +190,8 @@ class Loop:
         step = compiled.with_gradients(loss, self.params, self.options.clip_norm)
         example = (self._kl_weight(0), *self._stored(torch.arange(self.batch_size)))
         with self._running(), program.undisturbed(self.model, self.guide):
-            step(*example)
+            where = f"the first step fails on a batch of {self.batch_size}"
+            program.attempt(where, lambda: step(*example))
             if self.compile:
                 _log.info("compiling the training step")
                 fast = compiled.compile_step(step, example)
@@ -317,6 +320,18 @@ class Loop:
                 if not score.log_prob.isfinite().all():
                     return f"site {name!r} of the {where} has log densities that are not finite"
         return "no site alone explains it"
+
+
+def _warn_of_left_out(model: PyroFunction, guide: PyroFunction, params: Sequence[Tensor]) -> None:
+    """Say which modules model and guide use that nobody registered: they do not learn."""
+    trained = {id(param) for param in params}
+    for module in program.modules(model, guide):
+        if any(p.requires_grad and id(p) not in trained for p in module.parameters()):
+            warnings.warn(
+                f"a {type(module).__name__} that model or guide uses is not trained: register it "
+                "by pyro.module in a plain function, or as a submodule of its owner",
+                stacklevel=4,
+            )
 
 
 def _on_own_tensors(fn: PyroFunction) -> PyroFunction:

@@ -69,7 +69,10 @@ def save(vae: nn.Module, path: str | os.PathLike) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"{folder} cannot be written: {error.strerror}") from error
-    config = _read_config(folder) | {"model": model_config(vae)}
+    there, model = _read_config(folder), model_config(vae)
+    if "settings" in there and there.get("model") != model:
+        raise ValueError(f"{folder} holds the run of another model: save to another folder")
+    config = there | {"model": model}
     write_tensors(folder / WEIGHTS, tensors, {})
     _write_json(folder / CONFIG, config)
 
@@ -115,9 +118,28 @@ def load(path: str | os.PathLike, vae: nn.Module | None = None) -> nn.Module:
 def model_config(vae: nn.Module) -> dict[str, Any] | None:
     """How to build a model again; None if only its maker knows."""
     try:
-        return to_config(vae)
+        config = to_config(vae)
     except TypeError:
         return None
+    with torch.random.fork_rng(devices=[]):
+        again = from_config(config)
+    return config if _alike(vae, again) else None
+
+
+def _alike(left: nn.Module, right: nn.Module) -> bool:
+    """Whether two models differ in nothing but weights: changed after they were made, they may."""
+    if repr(left) != repr(right):
+        return False
+    shapes = [{n: t.shape for n, t in _tensors(m).items()} for m in (left, right)]
+    return shapes[0] == shapes[1] and all(
+        _plain(a) == _plain(b) for a, b in zip(left.modules(), right.modules(), strict=True)
+    )
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    """Attributes that are settings: numbers and switches, but not the mode."""
+    kept = vars(module).items()
+    return {n: v for n, v in kept if isinstance(v, (bool, int, float)) and n != "training"}
 
 
 class Run:

@@ -14,7 +14,9 @@ from typing import Any
 
 import pyro
 import torch
-from torch import nn
+from pyro.infer import JitTrace_ELBO
+from torch import Tensor, nn
+from torch.distributions import constraints
 
 from pyrovae import program
 from pyrovae._random import key
@@ -62,7 +64,8 @@ def fit(
         train: Data: a tensor `(N, *shape)`, an array, a tuple of tensors, a torch `Dataset`, or a
             split of a data set.
         valid: Data for the validation ELBO after each epoch.
-        objective: What to maximise; `ELBO()` if None. Any Pyro `ELBO` will do.
+        objective: What to maximise; `ELBO()` if None. Pyro's `Trace_ELBO`, `TraceMeanField_ELBO`
+            and `TraceEnum_ELBO` will do too.
         epochs: Passes over the data.
         batch_size: Data in a batch; at most all.
         lr: Learning rate of Adam: the highest of the schedule.
@@ -144,20 +147,34 @@ def check_data(model: PyroFunction, guide: PyroFunction, split: Split | None) ->
     """
     if split is None:
         return
+    program.refuse_autoguides(guide)
     args = program.as_args(split[slice(0, 7)])
     name, support = program.observed_support(model, guide, args)
-    with program.undisturbed():
-        for start in range(0, len(split) if support is not None else 0, VALID_ROWS):
-            x = program.as_args(split[slice(start, start + VALID_ROWS)])[0]
-            if not support.check(x).all():
-                while hasattr(support, "base_constraint"):
-                    support = support.base_constraint
-                raise ValueError(
-                    f"data lie outside the support of the likelihood ({support}): the values of "
-                    f"{name!r} range from {float(x.min()):g} to {float(x.max()):g}. Binarize or "
-                    "rescale the data, or take another likelihood"
-                )
-    program.check(model, guide, args)
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    for start in range(0, len(split), VALID_ROWS):
+        with program.undisturbed():
+            args = program.as_args(split[slice(start, start + VALID_ROWS)])
+        if support is None:
+            where = f"the program fails on data {start} to {start + len(args[0]) - 1}"
+            program.validate(where, model, guide, args)
+        else:
+            _check_support(name, support, args[0])
+    program.check(model, guide, program.as_args(split[slice(0, 7)]))
+
+
+def _check_support(name: str, support: constraints.Constraint, x: Tensor) -> None:
+    if x.is_floating_point() and not x.isfinite().all():
+        raise ValueError(
+            f"the values of {name!r} are not all finite: with VAE(..., missing=True) NaN marks a "
+            "missing entry, otherwise leave those data out"
+        )
+    if not support.check(x).all():
+        raise ValueError(
+            f"data lie outside the support of the likelihood ({support}): the values of {name!r} "
+            f"range from {float(x.min()):g} to {float(x.max()):g}. Binarize or rescale the data, "
+            "or take another likelihood"
+        )
 
 
 def _check_together(
@@ -170,6 +187,11 @@ def _check_together(
     """Refuse arguments that are right one by one and make no sense together."""
     if not isinstance(objective, pyro.infer.ELBO):
         raise TypeError(f"objective must be a Pyro ELBO, got {type(objective).__name__}")
+    if not hasattr(objective, "differentiable_loss") or isinstance(objective, JitTrace_ELBO):
+        raise TypeError(
+            f"{type(objective).__name__} has no differentiable loss: take one of "
+            "pyrovae.objectives, or Pyro's Trace_ELBO, TraceMeanField_ELBO or TraceEnum_ELBO"
+        )
     if options.patience is not None and valid is None:
         raise ValueError("patience needs validation data: pass valid")
     if options.kl_warmup and not isinstance(objective, Objective):

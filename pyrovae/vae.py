@@ -154,7 +154,7 @@ def _leave_out_missing(
     px: dist.TorchDistribution, x: Tensor
 ) -> tuple[dist.TorchDistribution, Tensor]:
     """The likelihood of the entries of x that are there."""
-    if not isinstance(px, dist.Independent):
+    if not isinstance(px, dist.Independent) or px.base_dist.event_shape:
         raise ValueError(
             f"missing entries need a likelihood whose entries are independent given z, not "
             f"{type(px).__name__}"

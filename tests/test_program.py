@@ -663,7 +663,7 @@ REFUSED = {
         guide_of(lambda x: pyro.sample("z", dist.Delta(P.posterior(x).loc).to_event(1))),
         "'z' is a Delta",
     ),
-    "autoguide": (P.model, AutoNormal(P.model), "is a Delta|not in the model"),
+    "autoguide": (P.model, AutoNormal(P.model), "has parameters for each datum"),
     "guide of nothing": (P.model, lambda x: None, "the guide samples nothing"),
     "guide observes": (
         P.model,
@@ -936,3 +936,49 @@ def test_store_kept_takes_out_what_is_new():
     with program.store_kept():
         pyro.param("new", torch.ones(2))
     assert set(pyro.get_param_store().keys()) == {"mine"}
+
+
+# Found by a reader: each gave a wrong number or forgot a parameter without a word.
+
+
+def test_no_density_outside_the_support_of_a_latent():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Exponential(torch.ones(())))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 0.6))
+
+    x = torch.ones(4000)
+    with program.validation(False):
+        log_w = program.log_weights(model, guide, (x,), 50)
+    grid = torch.linspace(0, 12, 200_001, dtype=torch.float64)
+    joint = (-grid - (1 - grid).square() / 2).exp() / (2 * torch.pi) ** 0.5
+    truth = torch.trapezoid(joint, grid)
+    w = log_w.exp().double()
+    assert (log_w == -torch.inf).any()
+    assert abs(w.mean() - truth) < 4 * w.std() / w.numel() ** 0.5
+
+
+class WithStray(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.loc = torch.nn.Parameter(torch.zeros(()))
+
+    def model(self, x):
+        scale = pyro.param("stray", torch.ones(()))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(self.loc, 1.0))
+            pyro.sample("x", dist.Normal(z, scale), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+
+def test_a_parameter_of_the_store_in_a_method_is_refused():
+    owner = WithStray()
+    with pytest.raises(ValueError, match=r"pyro.param 'stray' .* would be forgotten"):
+        program.check(owner.model, owner.guide, (torch.randn(5),))

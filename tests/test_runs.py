@@ -16,7 +16,7 @@ import pyrovae
 from pyrovae import VAE, guides, likelihoods, nets, priors
 from pyrovae._config import from_config, to_config
 from pyrovae.checkpoint import read_tensors, write_tensors
-from pyrovae.runs import Run
+from pyrovae.runs import Run, model_config
 
 LIKELIHOODS = {
     "Bernoulli": likelihoods.Bernoulli,
@@ -395,3 +395,21 @@ def test_sys_path_is_searched_for_classes(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.syspath_prepend(tmp_path)
     assert from_config(config).latent_dim == 2
     sys.modules.pop("someones_parts")
+
+
+def test_a_model_changed_after_it_was_made_is_saved_as_weights_alone(tmp_path):
+    vae = VAE(
+        priors.StandardNormal(2),
+        likelihoods.Normal((4,), 2, scale=0.5),
+        guides.Normal((4,), 2),
+    )
+    assert model_config(vae) is not None
+    vae.likelihood.fixed_scale = 0.1
+    pyrovae.save(vae, tmp_path)
+    with pytest.raises(ValueError, match="build it yourself"):
+        pyrovae.load(tmp_path)
+    swapped = VAE(
+        priors.StandardNormal(2), likelihoods.Normal((4,), 2, scale=0.5), guides.Normal((4,), 2)
+    )
+    swapped.encoder.net.body[2] = torch.nn.Tanh()
+    assert model_config(swapped) is None

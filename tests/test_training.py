@@ -798,3 +798,41 @@ def test_data_outside_the_support_are_refused_and_nothing_moves():
 def test_options_and_checks_are_where_they_are_looked_for():
     assert Options is training.Options
     assert {"fit", "check_data", "functions", "NonFiniteLoss"} <= set(training.__all__)
+
+
+def test_support_is_checked_behind_missing_entries():
+    vae = VAE(
+        priors.StandardNormal(2),
+        likelihoods.Bernoulli((4,), 2),
+        guides.Normal((4,), 2),
+        missing=True,
+    )
+    x = torch.ones(200, 4)
+    x[100:] = 0.5
+    with pytest.raises(ValueError, match=r"fails on data 0 to 199: .*support"):
+        fit(vae, x, epochs=1, progress=False)
+
+
+def test_a_module_that_nobody_registered_is_named():
+    decoder = torch.nn.Linear(1, 3)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        loc = pyro.param("loc", torch.zeros(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+
+    with pytest.warns(UserWarning, match="Linear that model or guide uses is not trained"):
+        fit(Program(model, guide), torch.randn(20, 3), epochs=1, progress=False)
+    before = decoder.weight.clone()
+    assert torch.equal(decoder.weight, before)
+
+
+@pytest.mark.parametrize("objective", [pyro.infer.RenyiELBO(), pyro.infer.TraceGraph_ELBO()])
+def test_objectives_without_a_differentiable_loss_are_refused(objective):
+    with pytest.raises(TypeError, match="has no differentiable loss: take one of"):
+        fit(make_vae(), make_data(), objective=objective, progress=False)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -56,6 +57,13 @@ class DataSet:
     def shape(self) -> tuple[int, ...]:
         """Shape of one datum: `(C, H, W)` for images, `(D,)` for vectors."""
         return self.preprocess.shape
+
+    @property
+    def fingerprint(self) -> dict[str, int]:
+        """A checksum of each split's stored values."""
+        stored = {split.name: split.x for split in (self.train, self.valid, self.test)}
+        tensors = {name: x for name, x in stored.items() if isinstance(x, Tensor)}
+        return {name: zlib.crc32(x.cpu().numpy().tobytes()) for name, x in tensors.items()}
 
     @property
     def kind(self) -> str:

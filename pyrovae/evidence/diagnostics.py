@@ -61,6 +61,8 @@ def khat(log_w: Tensor) -> Tensor:
     References:
         Pareto Smoothed Importance Sampling (Vehtari et al., 2024), arXiv:1507.02646
     """
+    if len(log_w) == 1:
+        return torch.full_like(log_w[0], math.nan)
     values = [_tail_shape(column) for column in log_w.T.cpu().numpy()]
     return torch.tensor(values, dtype=log_w.dtype, device=log_w.device)
 

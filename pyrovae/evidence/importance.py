@@ -168,18 +168,22 @@ class _Walk:
         block_size: int | None = None,
         blocks: Sequence[int] | None = None,
     ):
-        if num_particles < 1:
-            raise ValueError(f"num_particles must be at least 1, got {num_particles}")
-        if block_size is not None and block_size < 1:
-            raise ValueError(f"block_size must be at least 1, got {block_size}")
+        for name, value, least in (
+            ("num_particles", num_particles, 1),
+            ("block_size", 1 if block_size is None else block_size, 1),
+            ("seed", 0 if seed is None else seed, 0),
+        ):
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value!r}")
         self.num_particles = num_particles
         self.seed = random.SystemRandom().getrandbits(31) if seed is None else seed
         self.split = as_split(x)
         self.size = block_size or min(max(ROWS // num_particles, MIN_BLOCK), ROWS)
         total = -(-len(self.split) // self.size)
         self.numbers = list(range(total) if blocks is None else blocks)
-        if not self.numbers or not set(self.numbers) <= set(range(total)):
-            raise ValueError(f"blocks must be among 0 to {total - 1}, got {blocks}")
+        distinct = set(self.numbers)
+        if not distinct or not distinct <= set(range(total)) or len(distinct) < len(self.numbers):
+            raise ValueError(f"blocks must be among 0 to {total - 1}, each once, got {blocks}")
         self.programs = _in_precision(model, guide, dtype)
 
     def map(
@@ -203,7 +207,7 @@ class _Walk:
                 self._validate(args, index)
             with program.validation(False):
                 log_w = program.log_weights(model, guide, args, self.num_particles, ROWS).double()
-        num_dims = float((~args[0].isnan()).sum()) / len(args[0])
+        num_dims = math.nan if len(args) > 1 else float((~args[0].isnan()).sum()) / len(args[0])
         return log_w, self.split.log_det[index].to(log_w), num_dims
 
     def _validate(self, args: Args, index: slice) -> None:

@@ -117,8 +117,7 @@ class LogPx:
             f"log p(x) >= {self.mean:.2f} nats per datum: a lower bound by {self.method} sampling "
             f"from the guide with K = {self.num_particles:,} particles (seed {self.seed}), mean "
             f"over {n:,} data" + (f" ({self.data})." if self.data else "."),
-            f"Standard error {self.mean_std_error:.3f} from Monte Carlo, {self.test_std_error:.2f} "
-            f"from the choice of test data; {self.bits_per_dim:.4f} bits per dimension.",
+            f"Standard error {self._errors()}{self._bits()}.",
         ]
         if self.num_particles > 1:
             sentences.append(f"The last doubling of K added {gain:.3f} nats.")
@@ -129,12 +128,22 @@ class LogPx:
             sentences.append(above + self._advice(gain))
         return " ".join(sentences)
 
+    def _errors(self) -> str:
+        errors = {"from Monte Carlo": f"{self.mean_std_error:.3f}"}
+        errors["from the choice of test data"] = f"{self.test_std_error:.2f}"
+        known = [f"{value} {source}" for source, value in errors.items() if value != "nan"]
+        return ", ".join(known) or "unknown"
+
+    def _bits(self) -> str:
+        bits = self.bits_per_dim
+        return "" if math.isnan(bits) else f"; {bits:.4f} bits per dimension"
+
     def _advice(self, gain: float) -> str:
         if self.num_unreliable > len(self.values) / 10:
             return (
                 ": their weights have tails too heavy for these standard errors, and the bound is "
-                "loose by an unknown amount. Annealed importance sampling from the guide is the "
-                "better estimator here."
+                "loose by an unknown amount. Take more particles; where that does not help, anneal "
+                "from the guide to the posterior (Wu et al., 2017), or train a better guide."
             )
         if gain > max(0.01, 3 * self.mean_std_error):
             return "; the bound still rises with K: take more particles."

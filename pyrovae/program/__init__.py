@@ -16,7 +16,14 @@ from __future__ import annotations
 
 from torch import nn
 
-from pyrovae.program.checks import check, observed_support, state
+from pyrovae.program.checks import (
+    attempt,
+    check,
+    observed_support,
+    refuse_autoguides,
+    state,
+    validate,
+)
 from pyrovae.program.densities import (
     Args,
     Draw,
@@ -42,6 +49,7 @@ __all__ = [
     "Refused",
     "Score",
     "as_args",
+    "attempt",
     "check",
     "draw",
     "in_mode",
@@ -50,6 +58,7 @@ __all__ = [
     "modules",
     "observed_support",
     "owners",
+    "refuse_autoguides",
     "repeat",
     "score_sites",
     "state",
@@ -57,6 +66,7 @@ __all__ = [
     "sum_out",
     "total",
     "undisturbed",
+    "validate",
     "validation",
 ]
 

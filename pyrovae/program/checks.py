@@ -6,8 +6,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -60,6 +63,7 @@ def check(
             does not give one number per row (or, if `alone`, depends on other rows), or the data
             lie outside the likelihood's support.
     """
+    refuse_autoguides(guide)
     few = tuple(arg[torch.arange(ROWS, device=arg.device) % len(arg)] for arg in args)
     with (
         undisturbed(model, guide),
@@ -71,12 +75,38 @@ def check(
         torch.manual_seed(0)
         drawn, q_sites = _check_guide(guide, few)
         scores = _check_model(model, few, drawn, q_sites)
+        for fn in (model, guide):
+            _check_parameters(fn, few)
         if not scaled:
             _check_scales(scores | drawn.scores)
         if alone:
             _check_rows_alone(model, guide, few, drawn, scores)
         where = "model and guide fail on a batch of 14 rows, 7 data twice"
-        _attempt(where, lambda: log_weights(model, guide, few, 2))
+        attempt(where, lambda: log_weights(model, guide, few, 2))
+
+
+def refuse_autoguides(guide: PyroFunction) -> None:
+    """Refuse, before they run, guides that set themselves up for the data they see first."""
+    if any(isinstance(owner, AutoGuide) for owner in owners(guide)):
+        raise Refused(
+            f"{type(guide).__name__} has parameters for each datum it was first run on: take a "
+            "guide that is a function of the data, for any number of them"
+        )
+
+
+def validate(where: str, model: PyroFunction, guide: PyroFunction, args: Args) -> None:
+    """Run one particle with validation on; what it raises becomes one line.
+
+    Raises:
+        ValueError: If the data, or what is drawn for them, lie outside a distribution's support.
+    """
+    with (
+        undisturbed(model, guide),
+        in_mode(False, model, guide),
+        validation(True),
+        torch.no_grad(),
+    ):
+        attempt(where, lambda: log_weights(model, guide, args, 1))
 
 
 def observed_support(model: PyroFunction, guide: PyroFunction, args: Args) -> tuple[str, Any]:
@@ -116,7 +146,7 @@ def state(model: PyroFunction, guide: PyroFunction, args: Args) -> dict[str, Ten
     return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
 
 
-def _attempt(where: str, run: Callable[[], T]) -> T:
+def attempt(where: str, run: Callable[[], T]) -> T:
     """What `run` returns; what it raises as one line that says where."""
     try:
         return run()
@@ -150,7 +180,7 @@ def _no_stray_modules(*functions: PyroFunction) -> Iterator[None]:
 
 def _check_guide(guide: PyroFunction, args: Args) -> tuple[Draw, dict[str, Any]]:
     where = "the guide fails on a batch of 7 rows"
-    traced = _attempt(where, lambda: trace(guide, args))
+    traced = attempt(where, lambda: trace(guide, args))
     sites = latents(traced)
     _check_inner_plates(traced)
     if observed := samples(traced).keys() - sites.keys():
@@ -170,14 +200,14 @@ def _check_guide(guide: PyroFunction, args: Args) -> tuple[Draw, dict[str, Any]]
                 "need a guide that spreads, such as a Normal"
             )
     _check_enumerated(sites)
-    return _attempt(where, lambda: draw(guide, args)), sites
+    return attempt(where, lambda: draw(guide, args)), sites
 
 
 def _check_model(
     model: PyroFunction, args: Args, drawn: Draw, q_sites: dict[str, Any]
 ) -> dict[str, Score]:
     where = "the model fails on a batch of 7 rows"
-    traced = _attempt(where, lambda: trace(given(model, drawn.values), args, owner=model))
+    traced = attempt(where, lambda: trace(given(model, drawn.values), args, owner=model))
     sites = samples(traced)
     _check_inner_plates(traced)
     in_model = {n for n, s in sites.items() if not s["is_observed"] and not is_enumerated(s)}
@@ -196,10 +226,26 @@ def _check_model(
     _check_enumerated(sites | {n: sites[n] | {"infer": s["infer"]} for n, s in marks.items()})
     for name, site in q_sites.items():
         _check_alike(name, site, sites[name])
-    scores = _attempt(where, lambda: score_sites(model, args, drawn.values))
+    scores = attempt(where, lambda: score_sites(model, args, drawn.values))
     if not any(score.observed for score in scores.values()):
         raise Refused("the model observes nothing: give its data as pyro.sample(..., obs=x)")
     return scores
+
+
+def _check_parameters(fn: PyroFunction, args: Args) -> None:
+    """What modules own runs in a scope of its own: it can keep no parameters in Pyro's store."""
+    if not owners(fn):
+        return
+    own = {id(p) for module in modules(fn) for p in module.parameters()}
+    with pyro.get_param_store().scope():
+        poutine.trace(fn).get_trace(*args)
+        used = pyro.get_param_store().get_state()["params"]
+        strays = {name for name, tensor in used.items() if id(tensor) not in own}
+    if strays:
+        raise Refused(
+            f"pyro.param {_names(strays)} in a function that belongs to a module would be "
+            "forgotten: make it an nn.Parameter or a PyroParam of the module"
+        )
 
 
 def _check_alike(name: str, q: Any, p: Any) -> None:

@@ -23,6 +23,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
+from torch.distributions import constraints
 
 from pyrovae.program.owned import PyroFunction, owners
 
@@ -316,7 +317,10 @@ def _front(sites: Iterable[Any]) -> tuple[int, ...]:
 def _score(site: Any, shape: Sequence[int], observed: bool = False) -> Score:
     """Score a site, inner plates summed; `shape` is `(*enumerated, rows)`."""
     fn, value, mask = site["fn"], site["value"], site["mask"]
-    log_prob = scale_and_mask(fn.log_prob(value), mask=mask)
+    log_prob = fn.log_prob(value)
+    if not observed and not _is_everywhere(fn):  # torch's formulas go on outside the support
+        log_prob = log_prob.masked_fill(~fn.support.check(value), -torch.inf)
+    log_prob = scale_and_mask(log_prob, mask=mask)
     found = tuple(log_prob.shape)
     if present := _inner_dims(site, log_prob.dim()):
         log_prob = log_prob.sum(present, keepdim=True)
@@ -334,6 +338,17 @@ def _score(site: Any, shape: Sequence[int], observed: bool = False) -> Score:
             'pyro.plate("data", len(x)) and declare event dimensions with .to_event'
         )
     return Score(fn, value, log_prob, site["scale"], mask, observed)
+
+
+def _is_everywhere(fn: dist.TorchDistribution) -> bool:
+    """Whether the distribution has a density for every real value, or does not say."""
+    try:
+        support = fn.support
+    except NotImplementedError:
+        return True
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return support in (constraints.real, constraints.real_vector)
 
 
 def _inner_dims(site: Any, num_dims: int) -> list[int]:
