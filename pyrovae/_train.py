@@ -149,6 +149,7 @@ def train(settings: Settings) -> None:
             print(f"The run in {run.path} is finished: there is nothing to go on with.")
             return
         settings = saved_settings(run)
+        options(settings)
         _train_all(settings, load_data(settings), run)
         return
     dataset = load_data(settings)
