@@ -183,8 +183,8 @@ def check_same_data(run: Run, dataset: DataSet) -> None:
     known = run.config.get("data", {})
     if changed := [n for n, found in dataset.fingerprint.items() if known.get(n, found) != found]:
         raise ValueError(
-            f"the data in {dataset.name} are not those of the run in {run.path}: the "
-            f"{' and '.join(changed)} split differ; put the old file back, or train anew"
+            f"the data in {dataset.name} are not those of the run in {run.path} "
+            f"({', '.join(changed)} differ): put the old file back, or train anew"
         )
 
 

@@ -115,6 +115,18 @@ def pv(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
     return run
 
 
+def test_data_changed_after_training_are_refused(pv: Callable[..., Ran]) -> None:
+    np.save("own.npy", np.random.default_rng(0).normal(size=(40, 3)))
+    assert pv("train", *FAST, "--data", "own.npy", "--out", "own")[0] == 0
+    changed = np.load("own.npy")
+    changed[-1] += 1
+    np.save("own.npy", changed)
+    code, _, err = pv("log-px", "own", "--num-particles", 3)
+    assert code == 2
+    assert "own.npy are not those of the run in own" in err
+    assert err.count("\n") == 1
+
+
 @pytest.mark.usefixtures("pictures")
 def test_a_run_is_all_there(pv: Callable[..., Ran]) -> None:
     code, out, err = pv("train", *FAST, "--out", "run")
