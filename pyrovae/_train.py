@@ -362,7 +362,9 @@ def _report_seeds(run: Run, runs: Sequence[Run]) -> None:
     means = torch.tensor([result["mean"] for result in found], dtype=torch.float64)
     mean, std = float(means.mean()), float(means.std())
     error = std / len(means) ** 0.5
-    same = {name: found[0][name] for name in ("method", "num_particles", "num_data", "data")}
+    same = {
+        name: found[0][name] for name in ("method", "num_particles", "num_data", "data", "made_by")
+    }
     run.write_json(
         "log_px.json", {"mean": mean, "std": std, "seed_std_error": error}
         | {"values": means.tolist(), "seeds": [one.path.name for one in runs]} | same,
