@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from pyrovae import guides, likelihoods, nets, objectives, priors
-from pyrovae._config import parameters
+from pyrovae._config import class_path, parameters
 
 ROLES: dict[str, tuple[ModuleType, type]] = {
     "prior": (priors, priors.Prior),
@@ -51,9 +51,7 @@ def find(role: str, name: str) -> type[Any]:
     part = _imported(role, name)
     base = ROLES[role][1]
     if not _plays(part, base):
-        raise ValueError(
-            f"--{role}: expected a class derived from {base.__module__}.{base.__name__}, got {name}"
-        )
+        raise ValueError(f"--{role}: expected a class derived from {class_path(base)}, got {name}")
     return part
 
 

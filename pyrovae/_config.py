@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -37,7 +38,7 @@ def to_config(value: Any) -> Any:
     """
     if isinstance(value, Configurable):
         kind = type(value)
-        path = f"{kind.__module__}.{kind.__qualname__}"
+        path = class_path(kind)
         if "." in kind.__qualname__ or not _is_found(path, kind):
             raise TypeError(f"{path} is not at the top of a module: nobody can find it again")
         if isinstance(value, nn.Module):
@@ -113,29 +114,39 @@ def _check_unchanged(module: nn.Module) -> None:
             raise TypeError(f"{name} was replaced after {type(module).__name__} was made")
 
 
-def _is_found(class_path: str, kind: type) -> bool:
+def _is_found(path: str, kind: type) -> bool:
     try:
-        return find_class(class_path) is kind
+        return find_class(path) is kind
     except ValueError:
         return False
 
 
-def find_class(class_path: str) -> type[Configurable]:
+def class_path(kind: type) -> str:
+    """The name under which users know a class: `pyrovae.guides.Normal`, wherever it is written."""
+    module = kind.__module__
+    while (parent := module.rpartition(".")[0]) in sys.modules:
+        if getattr(sys.modules[parent], kind.__qualname__, None) is not kind:
+            break
+        module = parent
+    return f"{module}.{kind.__qualname__}"
+
+
+def find_class(path: str) -> type[Configurable]:
     """The class of a configuration.
 
     Raises:
         ValueError: If it is not found, or no `Configurable`.
     """
-    module, _, name = class_path.rpartition(".")
+    module, _, name = path.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
     except Exception as error:
         raise ValueError(
-            f"the class {class_path!r} of a saved model is not found ({error}): put its module on "
+            f"the class {path!r} of a saved model is not found ({error}): put its module on "
             "the Python path, or rebuild the model yourself and call load(path, vae)"
         ) from error
     if not (isinstance(found, type) and issubclass(found, Configurable)):
-        raise ValueError(f"{class_path!r} is not a part of a pyrovae model")
+        raise ValueError(f"{path!r} is not a part of a pyrovae model")
     return found
 
 

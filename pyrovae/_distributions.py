@@ -4,11 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.utils import broadcast_all
+from torch.nn.functional import softplus
+
+
+def diagonal_normal(loc: Tensor, raw_scale: Tensor, event_dim: int) -> dist.TorchDistribution:
+    """Normal with diagonal covariance over the last `event_dim` dimensions.
+
+    Args:
+        loc: Mean.
+        raw_scale: Standard deviation before softplus, which keeps it above 1e-4.
+        event_dim: How many dimensions one draw has.
+    """
+    return dist.Normal(loc, softplus(raw_scale) + 1e-4).to_event(event_dim)
 
 
 class ContinuousBernoulli(TorchDistribution):

@@ -17,7 +17,7 @@ from jsonargparse import ArgumentParser
 
 from pyrovae import _catalogue
 from pyrovae._catalogue import GIVEN, ROLES, dashed, find, nearest
-from pyrovae._config import Config, parameters
+from pyrovae._config import Config, class_path, parameters
 
 WIDTH = 98
 
@@ -193,7 +193,7 @@ def _with_parts(values: dict[str, Any], known: Any, chosen: dict[str, type[Any]]
         for name in key.split("."):
             own = own.get(name) or {}
         init_args = {name: own[name] for name in own if f"{key}.{name}" not in chosen}
-        configs[key] = {"class_path": f"{part.__module__}.{part.__name__}", "init_args": init_args}
+        configs[key] = {"class_path": class_path(part), "init_args": init_args}
         if owner:
             configs[owner]["init_args"][role] = configs[key]
         else:

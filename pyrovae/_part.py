@@ -6,7 +6,7 @@ import pyro.distributions as dist
 from torch import Tensor, nn
 
 from pyrovae._config import Configurable, shape_of
-from pyrovae.nets import MLP, Net
+from pyrovae.nets import DEFAULT, Net
 
 
 class Conditional(Configurable, nn.Module):
@@ -18,7 +18,7 @@ class Conditional(Configurable, nn.Module):
     Args:
         in_shape: Shape of one condition.
         event_shape: Shape of one draw.
-        net: Recipe of the network; `MLP()` if None.
+        net: Recipe of the network; the default of `nets` if None.
     """
 
     num_params = 1
@@ -28,7 +28,7 @@ class Conditional(Configurable, nn.Module):
     ):
         super().__init__()
         self.event_shape = event_shape
-        self.net = (net or MLP())(in_shape, self.param_shape())
+        self.net = (net or DEFAULT())(in_shape, self.param_shape())
 
     def param_shape(self) -> tuple[int, ...]:
         """Shape of the parameters of one distribution: what the network puts out."""

@@ -17,9 +17,8 @@ from typing import Any
 
 import torch
 
-from pyrovae import data, plotting
-from pyrovae._catalogue import parts
-from pyrovae._config import Config, find_class, from_config, parameters
+from pyrovae import data, guides, likelihoods, nets, objectives, plotting, priors
+from pyrovae._config import Config, class_path, find_class, from_config, parameters
 from pyrovae.data import DataSet, Split
 from pyrovae.evidence import log_px
 from pyrovae.objectives import Objective
@@ -96,12 +95,12 @@ class Settings:
     standardize: bool | None = None
     missing: bool = False
     data_seed: int = 777
-    prior: Config | str = "StandardNormal"
+    prior: Config | str = priors.DEFAULT.__name__
     likelihood: Config | None = None
-    guide: Config | str = "Normal"
-    net: Config | str = "MLP"
+    guide: Config | str = guides.DEFAULT.__name__
+    net: Config | str = nets.DEFAULT.__name__
     latent_dim: int = 50
-    objective: Config | str = "ELBO"
+    objective: Config | str = objectives.DEFAULT.__name__
     epochs: int = 200
     batch_size: int = 128
     lr: float = 4e-3
@@ -246,9 +245,8 @@ def _made(config: Any, given: dict[str, Any]) -> Any:
 
 
 def _default_likelihood(kind: str) -> Config:
-    """The first likelihood that is made for this kind of data."""
-    part = next(part for part in parts("likelihood").values() if part.kind == kind)
-    return {"class_path": f"{part.__module__}.{part.__name__}", "init_args": {}}
+    """The likelihood that is taken for this kind of data where none is named."""
+    return {"class_path": class_path(likelihoods.DEFAULT[kind]), "init_args": {}}
 
 
 def _new_run(settings: Settings) -> Run:

@@ -30,7 +30,7 @@ from pyrovae._config import to_config
 from pyrovae._random import key
 from pyrovae.checkpoint import Checkpoint
 from pyrovae.data import Split
-from pyrovae.objectives import ELBO, Objective
+from pyrovae.objectives import Objective, report
 from pyrovae.options import Options
 from pyrovae.program import Args, PyroFunction
 
@@ -279,7 +279,7 @@ class Loop:
         with torch.no_grad(), program.in_mode(False, self.model, self.guide):
             for start in range(0, len(split), VALID_ROWS):
                 args = program.as_args(split[slice(start, start + VALID_ROWS)])
-                for name, value in ELBO().surrogate(self.model, self.guide, args)[1].items():
+                for name, value in report(self.model, self.guide, args).items():
                     sums[name] = sums.get(name, 0.0) + float(value)
         return {name: value / len(split) for name, value in sums.items()}
 

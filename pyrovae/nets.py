@@ -218,3 +218,7 @@ def _activation(name: str) -> type[nn.Module]:
     if name not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
     return ACTIVATIONS[name]
+
+
+DEFAULT = MLP
+"""What is taken where none is named."""

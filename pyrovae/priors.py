@@ -23,6 +23,9 @@ class Prior(Configurable, nn.Module):
         super().__init__()
         (self.latent_dim,) = latent_shape(latent_dim)
 
+    def connect(self, guide: nn.Module) -> None:
+        """Take note of the guide, whose parameters stay its own, if the prior is made of it."""
+
     def forward(self) -> dist.TorchDistribution:
         """p(z), with batch shape `()` and event shape `(latent_dim,)`."""
         raise NotImplementedError
@@ -49,3 +52,7 @@ class StandardNormal(Prior):
     def forward(self) -> dist.TorchDistribution:
         """N(0, I)."""
         return dist.Normal(self.loc, torch.ones_like(self.loc)).to_event(1)
+
+
+DEFAULT = StandardNormal
+"""What is taken where none is named."""

@@ -23,7 +23,7 @@ from pyrovae._random import key
 from pyrovae.checkpoint import Checkpoint
 from pyrovae.data import Split, as_split
 from pyrovae.loop import VALID_ROWS, Loop, NonFiniteLoss, OnEpoch, Row
-from pyrovae.objectives import ELBO, Objective
+from pyrovae.objectives import DEFAULT, Objective
 from pyrovae.options import SCHEDULES, Options
 from pyrovae.program import PyroFunction
 
@@ -103,7 +103,7 @@ def fit(
         epochs, batch_size, lr, schedule, kl_warmup, clip_norm, patience, seed, accelerator,
         precision, compile,
     )  # fmt: skip
-    objective = objective or ELBO()
+    objective = objective or DEFAULT()
     _check_together(options, valid, objective, checkpoint, resume)
     model, guide = functions(vae)
     fabric = options.fabric()

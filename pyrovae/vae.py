@@ -45,7 +45,8 @@ class VAE(Configurable, nn.Module):
 
     Raises:
         TypeError: If a part is no module.
-        ValueError: If the parts disagree on the number of latents or the shape of a datum.
+        ValueError: If the parts disagree on the number of latents or the shape of a datum, or the
+            prior cannot do with this guide.
 
     Example:
         >>> from pyrovae import guides, likelihoods, priors
@@ -64,7 +65,9 @@ class VAE(Configurable, nn.Module):
             if not isinstance(part, nn.Module):
                 raise TypeError(f"{role} must be a module of pyrovae.{role}s, got {part!r}")
         _agree("latent_dim", prior=prior, likelihood=likelihood, guide=guide)
-        _agree("shape", likelihood=likelihood, guide=guide)
+        _agree("shape", prior=prior, likelihood=likelihood, guide=guide)
+        if hasattr(prior, "connect"):
+            prior.connect(guide)
         self.prior, self.likelihood, self.encoder = prior, likelihood, guide
         self.missing = missing
         self._name = f"vae_{next(_count)}"
@@ -95,9 +98,10 @@ class VAE(Configurable, nn.Module):
         return self.encoder(x.nan_to_num() if self.missing else x)
 
     def initialize(self, x: Tensor) -> None:
-        """Start a new likelihood's output at the mean of training data x, `(n, *shape)`."""
-        if hasattr(self.likelihood, "initialize"):
-            self.likelihood.initialize(x)
+        """Start new parts at training data x, `(n, *shape)`: those that have an `initialize`."""
+        for part in (self.prior, self.likelihood, self.encoder):
+            if initialize := getattr(part, "initialize", None):
+                initialize(x)
 
     def encode(self, x: Tensor) -> Tensor:
         """Mean of q(z|x), shape `(batch, latent_dim)`."""

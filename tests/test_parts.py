@@ -8,36 +8,15 @@ from typing import Any
 import pyro.distributions as dist
 import pytest
 import torch
+from table import GUIDES, IMAGE, LATENTS, LIKELIHOODS, NET, OBJECTIVES, PRIORS, TABLE
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyrovae import guides, likelihoods, nets, priors
+from pyrovae import guides, likelihoods, nets, objectives, priors
 from pyrovae._config import from_config, to_config
 from pyrovae._distributions import ContinuousBernoulli
 from pyrovae._part import Conditional
 
-IMAGE, LATENTS = (1, 3, 4), 2
-NET = nets.MLP(hidden=(8,))
-
-PRIORS: dict[str, Callable[[], priors.Prior]] = {
-    "StandardNormal": lambda: priors.StandardNormal(LATENTS),
-}
-LIKELIHOODS: dict[str, Callable[[], likelihoods.Likelihood]] = {
-    "Bernoulli": lambda: likelihoods.Bernoulli(IMAGE, LATENTS, NET),
-    "ContinuousBernoulli": lambda: likelihoods.ContinuousBernoulli(IMAGE, LATENTS, NET),
-    "Normal": lambda: likelihoods.Normal(IMAGE, LATENTS, NET),
-    "Normal, fixed": lambda: likelihoods.Normal(IMAGE, LATENTS, NET, scale=0.5),
-    "Normal, per-pixel": lambda: likelihoods.Normal(IMAGE, LATENTS, NET, scale="per-pixel"),
-    "Poisson": lambda: likelihoods.Poisson(IMAGE, LATENTS, NET),
-}
-GUIDES: dict[str, Callable[[], guides.Guide]] = {
-    "Normal": lambda: guides.Normal(IMAGE, LATENTS, NET),
-}
-TABLE: dict[str, Callable[[], nn.Module]] = {
-    f"{role} {name}": make
-    for role, table in (("prior", PRIORS), ("likelihood", LIKELIHOODS), ("guide", GUIDES))
-    for name, make in table.items()
-}
 GRIDS = {  # for each likelihood over one entry: points, weights
     "Bernoulli": (torch.tensor([0.0, 1.0]), torch.ones(2)),
     "Poisson": (torch.arange(200.0), torch.ones(200)),
@@ -76,14 +55,16 @@ def shaken(part: nn.Module) -> nn.Module:
         (priors, priors.Prior, PRIORS),
         (likelihoods, likelihoods.Likelihood, LIKELIHOODS),
         (guides, guides.Guide, GUIDES),
+        (objectives, objectives.Objective, OBJECTIVES),
     ],
-    ids=["priors", "likelihoods", "guides"],
+    ids=["priors", "likelihoods", "guides", "objectives"],
 )
 def test_every_public_part_is_in_the_table(module: Any, base: type, table: dict[str, Any]) -> None:
-    public = {name for name in module.__all__ if getattr(module, name) is not base}
+    named = {name: getattr(module, name) for name in module.__all__}
+    public = {name for name, part in named.items() if isinstance(part, type) and part is not base}
     defined = {
-        name
-        for name, part in vars(module).items()
+        part.__name__
+        for part in vars(module).values()
         if isinstance(part, type) and issubclass(part, base) and part is not base
     }
     assert public == {name.split(",")[0] for name in table}
@@ -279,8 +260,8 @@ def test_normal_refuses_other_noise(scale: Any) -> None:
 def test_every_kind_of_data_has_a_first_choice() -> None:
     from pyrovae.data.preprocess import KINDS
 
-    kinds = [getattr(likelihoods, name).kind for name in likelihoods.__all__]
-    assert sorted(kind for kind in kinds if kind) == sorted(KINDS)
+    assert sorted(likelihoods.DEFAULT) == sorted(KINDS)
+    assert all(part.kind == kind for kind, part in likelihoods.DEFAULT.items())
 
 
 def test_a_part_of_ones_own_needs_only_its_distribution() -> None:

@@ -1,0 +1,13 @@
+"""What training maximises: `ELBO`s in Pyro's sense, for `pyrovae.fit` and for Pyro's own `SVI`.
+
+An objective's `differentiable_loss` is a scalar summed over the batch: its value is the loss, its
+gradient the estimator. Nothing in it leaves the graph, so it is traced and compiled as it stands.
+"""
+
+from pyrovae.objectives.base import Objective
+from pyrovae.objectives.elbo import ELBO, report
+
+__all__ = ["ELBO", "Objective", "report"]
+
+DEFAULT = ELBO
+"""What is taken where none is named."""
