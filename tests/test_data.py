@@ -65,6 +65,28 @@ CASES = {
         (1, 4, 5),
     ),
     "grey, floats": (levels() / 255, {}, "grey", "grey", (1, 4, 5)),
+    "levels": (levels(), {"kind": "levels"}, "levels", "levels", (1, 4, 5)),
+    "levels, wide": (
+        levels().astype(int) * 257,
+        {"kind": "levels"},
+        "levels",
+        "levels",
+        (1, 4, 5),
+    ),
+    "levels, missing": (
+        np.where(levels() > 200, np.nan, levels()),
+        {"kind": "levels", "missing": True},
+        "levels",
+        "levels",
+        (1, 4, 5),
+    ),
+    "levels, colours last": (
+        levels(shape=(7, 5, 3)),
+        {"kind": "levels"},
+        "levels",
+        "levels",
+        (3, 7, 5),
+    ),
     "grey, colours last": (levels(shape=(7, 5, 3)), {}, "grey", "grey", (3, 7, 5)),
     "real": (reals(), {}, "real", "real", (3,)),
     "real, unit interval": (levels(shape=(5,)) / 255, {}, "real", "real", (5,)),
@@ -112,6 +134,10 @@ class TestEveryCase:
                 assert set(seen.unique().tolist()) <= {0.0, 1.0}
             elif kind == "grey":
                 assert 0 <= seen.min() <= seen.max() <= 1
+            elif kind == "levels":
+                level = seen * dataset.preprocess.max_value
+                assert (level - level.round()).abs().max() < 0.01
+                assert 0 <= seen.min() < seen.max() <= 1
             elif kind == "counts":
                 assert (seen == seen.round()).all()
 
@@ -173,6 +199,31 @@ class TestEveryCase:
         torch.testing.assert_close(split.log_det, dataset.test.log_det)
         one = data.file_split(dataset.test.x[:1], dataset.preprocess)
         assert torch.equal(one.data.nan_to_num(-1), dataset.test.data[:1].nan_to_num(-1))
+
+
+class TestLevels:
+    def test_they_are_seen_as_fractions_and_need_no_correction(self):
+        x = levels()
+        dataset = data.load(x, kind="levels")
+        assert dataset.preprocess.max_value == 255
+        for split in splits_of(dataset):
+            assert torch.equal(split[:], split.x / 255)
+            assert (split.log_det == 0).all()
+            assert split.description.endswith("256 levels, each with a probability")
+
+    def test_a_named_set_knows_how_many_there_are(self):
+        dataset = data.load("digits", kind="levels")
+        assert (dataset.kind, dataset.preprocess.max_value) == ("levels", 16)
+        assert not dataset.preprocess.noisy
+        assert dataset.test[:].mul(16).unique().tolist() == list(range(17))
+
+    def test_files_are_read_by_the_levels_of_the_run(self):
+        preprocess = data.load(levels(), kind="levels").preprocess
+        black = np.zeros((1, 4, 5), np.uint8)
+        assert data.file_split(black, preprocess)[:].sum() == 0
+        for wrong in (levels() > 99, levels() * 0.5, levels().astype(int) * 2):
+            with pytest.raises(ValueError, match=r"expected (levels data|grey levels)"):
+                data.file_split(wrong, preprocess)
 
 
 class TestNoise:
@@ -709,7 +760,7 @@ MESSAGES = {
     "kind": (
         levels(),
         {"kind": "gray"},
-        "kind: expected one of binary, grey, real, counts, got 'gray'",
+        "kind: expected one of binary, grey, levels, real, counts, got 'gray'",
     ),
     "binarize": (
         levels(),
@@ -739,6 +790,33 @@ MESSAGES = {
         levels() / 255,
         {"dequantize": True},
         "dequantize=True: expected grey levels",
+    ),
+    "levels of floats": (
+        levels() / 255,
+        {"kind": "levels"},
+        "expected levels data, whole levels from 0 to 255, got fractional values from 0 to 1",
+    ),
+    "levels of zeros and ones": (
+        levels() > 99,
+        {"kind": "levels"},
+        "expected levels data, whole levels from 0 to 255, got whole values from 0 to 1",
+    ),
+    "levels of negatives": (np.arange(9) - 4, {"kind": "levels"}, "expected levels data"),
+    "levels too high": (np.arange(9) * 10**6, {"kind": "levels"}, "whole levels from 0 to 65535"),
+    "levels binarized": (
+        levels(),
+        {"kind": "levels", "binarize": "dynamic"},
+        "expected grey data, got levels data; leave binarize out",
+    ),
+    "levels dequantized": (
+        levels(),
+        {"kind": "levels", "dequantize": True},
+        "got 256 levels, each with a probability; .*for levels of kind 'grey'",
+    ),
+    "levels standardized": (
+        levels(),
+        {"kind": "levels", "standardize": True},
+        "expected real data, got levels data",
     ),
     "standardize grey": (levels(), {"standardize": True}, "standardize=True: expected real data"),
     "no files": (

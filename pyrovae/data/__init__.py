@@ -67,7 +67,7 @@ class DataSet:
 
     @property
     def kind(self) -> str:
-        """What the model sees: "binary", "grey" (values in [0, 1]), "real" or "counts"."""
+        """What the model sees: "binary", "grey" and "levels" (in [0, 1]), "real" or "counts"."""
         return self.preprocess.kind
 
 
@@ -93,7 +93,8 @@ def load(
         source: One of `NAMES`; a path (see `files.read`); a tensor or array with shape
             `(N, ...)`; or a torch data set, whose items are stacked once.
         root: Folder with the files of named sets; default `$PYROVAE_DATA`.
-        kind: "binary", "grey", "real" or "counts": how stored values are read. None: detected.
+        kind: "binary", "grey", "levels" (whole grey levels, to which the likelihood gives
+            probabilities), "real" or "counts": how stored values are read. None: detected.
         binarize: "dynamic" (afresh at each access in training, once by seed in validation and
             test), "fixed" (once by seed everywhere) or "none". None: the data set's default.
         dequantize: Add uniform noise to grey levels. None: unless they are binarized.
@@ -183,7 +184,8 @@ def _checked(found: Arrays, kind: str | None, missing: bool) -> Arrays:
     """The arrays with their kind settled, their values checked and their layout ours."""
     arrays.check_finite(found.x, missing, found.name)
     kind = kind or found.kind or arrays.detect_kind(found.x)
-    known = found.max_value if kind == found.kind else None
+    same = kind == found.kind or (kind, found.kind) == ("levels", "grey")
+    known = found.max_value if same else None
     max_value = known or arrays.detect_max_value(found.x, kind)
     arrays.check_values(found.x, kind, max_value, found.name)
     x = arrays.to_layout(found.x, kind)
@@ -259,7 +261,7 @@ def _split(found: Arrays, name: str, rows: Tensor, preprocess: Preprocess) -> Sp
 def _for_values(x: Tensor, preprocess: Preprocess, name: str) -> Preprocess:
     """The preprocessing that suits these values, once they are known to fit the earlier run."""
     arrays.check_finite(x, preprocess.missing, name)
-    has_levels = preprocess.stored_kind == "grey" and preprocess.max_value > 1
+    has_levels = preprocess.stored_kind in ("grey", "levels") and preprocess.max_value > 1
     is_binary = arrays.detect_kind(x) == "binary" and bool((x == 1).any())
     if has_levels and is_binary and preprocess.kind == "binary":
         return replace(preprocess, stored_kind="binary", max_value=1.0, binarize="none")

@@ -30,7 +30,7 @@ class Arrays:
         y: Labels, int64 with shape `(N,)`, or None.
         rows: Rows of each split, or None where the set does not say.
         kind: How the values are read, where the set says.
-        max_value: Largest grey value, where the set says.
+        max_value: Largest grey value or level, where the set says.
         binarize: The set's default.
     """
 
@@ -152,10 +152,10 @@ def detect_kind(x: Tensor) -> str:
 
 def detect_max_value(x: Tensor, kind: str) -> float:
     """Largest grey value: 255 or 65535 for levels, 1.0 for floats in [0, 1] and other kinds."""
-    if kind != "grey" or x.dtype == torch.uint8:
-        return 255.0 if kind == "grey" else 1.0
+    if kind not in ("grey", "levels"):
+        return 1.0
     high = _observed(x).max()
-    if x.is_floating_point() and high <= 1:
+    if high <= 1 and (x.is_floating_point() or kind == "levels"):
         return 1.0
     return 255.0 if high <= 255 else 65535.0
 
@@ -165,10 +165,12 @@ def check_values(x: Tensor, kind: str, max_value: float, name: str) -> None:
     one_of("kind", kind, KINDS)
     values = _observed(x)
     low, high = values.min().item(), values.max().item()
+    levels = max_value > 1 and low >= 0 and high <= max_value
     whole = not x.is_floating_point() or bool((values == values.round()).all())
     expected, valid = {
         "binary": ("0 and 1", whole and low >= 0 and high <= 1),
         "grey": _grey(max_value, whole, low, high),
+        "levels": (f"whole levels from 0 to {max(max_value, 255):g}", whole and levels),
         "counts": ("whole numbers from 0 on", whole and low >= 0),
         "real": ("numbers", True),
     }[kind]
@@ -207,12 +209,12 @@ def _grey(max_value: float, whole: bool, low: float, high: float) -> tuple[str, 
 def to_layout(x: Tensor, kind: str) -> Tensor:
     """Scalars as `(N, 1)`, images as `(N, C, H, W)`.
 
-    Binary and grey images come with channels last or first; channels are last when the last
-    dimension is 1, 3 or 4 and the first one is not.
+    Binary images, grey ones and levels come with channels last or first; channels are last when the
+    last dimension is 1, 3 or 4 and the first one is not.
     """
     if x.ndim == 1 or x.ndim == 3:
         return x.unsqueeze(1)
-    pixels = x.ndim == 4 and kind in ("binary", "grey")
+    pixels = x.ndim == 4 and kind in ("binary", "grey", "levels")
     if pixels and x.shape[-1] in _CHANNELS and x.shape[1] not in _CHANNELS:
         return x.movedim(-1, 1).contiguous()
     return x

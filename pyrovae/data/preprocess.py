@@ -1,14 +1,17 @@
 r"""What turns stored values into what the model sees.
 
-Three of the four ways are maps that change the density, and a fourth draws new data:
+Three of the five ways are maps that change the density, a fourth draws new data, and a fifth only
+writes them otherwise:
 
 * grey levels 0 to m are dequantized, :math:`(x + u) / (m + 1)` with uniform u;
 * grey values are scaled, :math:`x / m`;
 * real values are standardized, :math:`(x - \text{loc}) / \text{scale}`;
-* grey values are binarized: a new binary datum, one with probability :math:`x / m`.
+* grey values are binarized: a new binary datum, one with probability :math:`x / m`;
+* levels 0 to m are seen as :math:`x / m`, for likelihoods that give each level a probability.
 
 The first three move a log density by the logarithm of their Jacobian, `Preprocess.log_det`, which
-brings it back to the original units. A binarized datum has no original units to go back to.
+brings it back to the original units. A binarized datum has no original units to go back to, and a
+probability has no units.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from torch import Tensor
 
 __all__ = ["BINARIZE", "KINDS", "Preprocess"]
 
-KINDS = ("binary", "grey", "real", "counts")
+KINDS = ("binary", "grey", "levels", "real", "counts")
 BINARIZE = ("dynamic", "fixed", "none")
 
 # Dequantized values stay strictly between 0 and 1, where Beta and logit densities are finite.
@@ -38,7 +41,8 @@ class Preprocess:
     Attributes:
         stored_kind: How stored values are read: one of `KINDS`.
         shape: Shape of one datum.
-        max_value: Largest grey value: 255 for 8 bits, 1.0 for floats in [0, 1] and other kinds.
+        max_value: Largest grey value or level: 255 for 8 bits, 1.0 for floats in [0, 1] and other
+            kinds.
         binarize: One of `BINARIZE`; anything but "none" needs grey values.
         dequantize: Add uniform noise to grey levels; needs `max_value` above one.
         missing: NaN marks a missing entry.
@@ -71,7 +75,8 @@ class Preprocess:
         if self.dequantize and not self._has_levels:
             raise ValueError(
                 "dequantize=True: expected grey levels that are not binarized, got "
-                f"{self._stored()}; pass binarize='none' for levels, dequantize=False for others"
+                f"{self._stored()}; pass binarize='none' for levels of kind 'grey', "
+                "dequantize=False for others"
             )
         if self.scale is not None and self.stored_kind != "real":
             raise ValueError(
@@ -81,7 +86,7 @@ class Preprocess:
 
     @property
     def kind(self) -> str:
-        """What the model sees: "binary", "grey" (values in [0, 1]), "real" or "counts"."""
+        """What the model sees: "binary", "grey" and "levels" (in [0, 1]), "real" or "counts"."""
         return self.stored_kind if self.binarize == "none" else "binary"
 
     @property
@@ -193,6 +198,7 @@ class Preprocess:
         words = {
             "binary": "static binary",
             "grey": "grey pixels scaled to [0, 1]",
+            "levels": f"{self.max_value + 1:g} levels, each with a probability",
             "real": "real values as stored" if self.scale is None else "standardized",
             "counts": "counts as stored",
         }
@@ -207,7 +213,7 @@ class Preprocess:
             return torch.where(x.isnan(), x, seen) if self.missing else seen
         if self.dequantize:
             return ((x + uniform(x)) / self._width).clamp(_EPS, 1 - _EPS)
-        return x / self._width
+        return x / (self.max_value if self.kind == "levels" else self._width)
 
 
 def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:

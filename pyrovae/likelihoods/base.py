@@ -23,7 +23,7 @@ class Likelihood(Conditional):
     """
 
     kind: str | None = None
-    """The kind of data that it reads: binary, grey, real or counts; None for any."""
+    """The kind of data that it reads: binary, grey, levels, real or counts; None for any."""
 
     support: constraints.Constraint = constraints.real
 
@@ -31,16 +31,24 @@ class Likelihood(Conditional):
         super().__init__(latent_shape(latent_dim), data_shape(shape), net)
         self.shape, self.latent_dim = self.event_shape, latent_dim
 
-    def link(self, mean: Tensor) -> Tensor:
-        """The first parameter of the distribution whose mean this is."""
-        return mean
+    def link(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, ...]:
+        """The first parameters, or all, of the distribution with this mean and variance.
+
+        Args:
+            mean: Of each entry, with shape `shape`.
+            variance: Of each entry; what cannot be met is left alone.
+        """
+        return (mean,)
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
-        """Start a new network's output at the mean of data `x`, `(n, *shape)`, NaN left out."""
+        """Start a new network's output at the moments of data `x`, `(n, *shape)`, NaN left out."""
         if self._is_new():
+            mean = x.nanmean(0).nan_to_num()
+            variance = (x - mean).square().nanmean(0).nan_to_num()
             bias: Any = self.net.bias
-            self.split(bias)[0].copy_(self.link(x.nanmean(0).nan_to_num()))
+            for part, start in zip(self.split(bias), self.link(mean, variance), strict=False):
+                part.copy_(start)
 
     def _is_new(self) -> bool:
         """Whether the network has an output bias, still where it was built: at zero."""
