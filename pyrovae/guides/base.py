@@ -18,6 +18,9 @@ class Guide(Conditional):
     scorable = True
     """Whether log q(z|x) can be had for any z, and not only for the guide's own draws."""
 
+    is_diagonal_normal = False
+    """Whether it is a normal with diagonal covariance, which can be multiplied by another."""
+
     def __init__(self, shape: tuple[int, ...], latent_dim: int, net: Net | None = None):
         super().__init__(data_shape(shape), latent_shape(latent_dim), net)
         self.shape, (self.latent_dim,) = data_shape(shape), self.event_shape
