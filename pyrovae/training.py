@@ -114,7 +114,7 @@ def fit(
     with program.undisturbed(model, guide, buffers=False), _frozen_unremarked():
         torch.manual_seed(key(seed, 0))  # for parameters that Pyro functions make as they run
         for split in (train, valid):
-            check_data(model, guide, split)
+            check_data(model, guide, split, objective)
         with program.validation(False):
             run = Loop(vae, train, valid, objective, options, fabric)
             run.prepare(
@@ -139,8 +139,15 @@ def functions(vae: Any) -> tuple[PyroFunction, PyroFunction]:
     return model, guide
 
 
-def check_data(model: PyroFunction, guide: PyroFunction, split: Split | None) -> None:
+def check_data(
+    model: PyroFunction,
+    guide: PyroFunction,
+    split: Split | None,
+    objective: pyro.infer.ELBO | None = None,
+) -> None:
     """Refuse a program that cannot be scored, and data outside the likelihood's support.
+
+    What one of our own objectives needs of a program is asked for too.
 
     Raises:
         ValueError: With the reason.
@@ -160,7 +167,10 @@ def check_data(model: PyroFunction, guide: PyroFunction, split: Split | None) ->
             program.validate(where, model, guide, args)
         else:
             _check_support(name, support, args[0])
-    program.check(model, guide, program.as_args(split[slice(0, 7)]))
+    needs = {}
+    if isinstance(objective, Objective):
+        needs = {"scaled": objective.scaled, "density": objective.density}
+    program.check(model, guide, program.as_args(split[slice(0, 7)]), **needs)
 
 
 def _check_support(name: str, support: constraints.Constraint, x: Tensor) -> None:

@@ -1,8 +1,9 @@
-"""The ELBO: its value, its gradient, what weighs it and what is reported."""
+"""Objectives: their values, what weighs them, what is reported and what is refused."""
 
 import logging
 import math
 
+import exact
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -10,11 +11,26 @@ import torch
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import Adam
+from table import OBJECTIVES
 from torch import nn
 from torch.distributions import kl_divergence
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyrovae import VAE, guides, likelihoods, nets, objectives, priors
-from pyrovae.objectives import ELBO
+from pyrovae import VAE, compiled, fit, guides, likelihoods, nets, objectives, priors
+from pyrovae.objectives import (
+    ELBO,
+    IWAE,
+    MIWAE,
+    MMD,
+    Denoising,
+    DReG,
+    ReweightedWakeSleep,
+    ScoreFunction,
+    StickingTheLanding,
+    report,
+)
+from pyrovae.objectives.mmd import mmd
+from pyrovae.program import Program, draw, log_weights, simulate, validation
 
 LATENTS, PIXELS, BATCH = 2, 4, 6
 
@@ -316,12 +332,25 @@ def test_an_enumerated_site_is_summed_out_and_the_kl_weight_still_counts():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [({"num_particles": 0}, "num_particles must be at least 1"), ({"beta": -1}, "beta must not")],
+    ("make", "message"),
+    [
+        (lambda: ELBO(num_particles=0), "num_particles must be at least 1, got 0"),
+        (lambda: ELBO(beta=-1), "beta must not be negative, got -1"),
+        (lambda: ELBO(free_bits=-1), "free_bits must not be negative, got -1"),
+        (lambda: MIWAE(num_bounds=0), "num_bounds must be at least 1, got 0"),
+        (lambda: ReweightedWakeSleep(insomnia=2), "insomnia must lie between 0 and 1, got 2"),
+        (lambda: ScoreFunction(1), "needs num_particles of at least 2, got 1"),
+        (lambda: ScoreFunction(2, "moving"), "baseline must be 'leave-one-out' or 'none'"),
+        (lambda: MMD(alpha=1.5), "alpha must be at most 1, got 1.5"),
+        (lambda: MMD(alpha=0.5, penalty=0.2), "penalty must be at least 1 - alpha = 0.5, got 0.2"),
+        (lambda: Denoising("salt"), "noise must be 'mask', 'flip' or 'normal', got 'salt'"),
+        (lambda: Denoising("mask", 1.5), "level of mask noise must lie between 0 and 1, got 1.5"),
+        (lambda: Denoising("normal", -1), "level of normal noise must not be negative, got -1"),
+    ],
 )
-def test_wrong_arguments_are_refused(arguments, message):
+def test_wrong_arguments_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
-        ELBO(**arguments)
+        make()
 
 
 def test_a_guide_that_cannot_be_differentiated_through_is_refused(x):
@@ -342,3 +371,366 @@ def test_an_objective_of_ones_own_needs_a_surrogate(x):
     vae = make_vae()
     with pytest.raises(NotImplementedError):
         objectives.Objective().loss(vae.model, vae.guide, x)
+
+
+# Free bits ----------------------------------------------------------------------------------------
+
+
+def test_free_bits_are_those_of_each_dimension_averaged_over_the_batch(x):
+    vae, floor = make_vae(), 0.1
+    loss, terms = surrogate(
+        ELBO(analytic_kl=True, beta=0.5, free_bits=floor), vae, x, kl_weight=0.8
+    )
+    q = vae.posterior(x).base_dist
+    each = kl_divergence(q, dist.Normal(torch.zeros(()).double(), 1.0)).mean(0)
+    assert each.min() < floor < each.max()
+    expected = 0.4 * BATCH * each.clamp(min=floor).sum() - terms["reconstruction"]
+    torch.testing.assert_close(loss, expected)
+    plain = surrogate(ELBO(analytic_kl=True), vae, x)[1]
+    torch.testing.assert_close(terms, plain)
+
+
+def test_free_bits_agree_with_and_without_a_closed_form(x):
+    vae = make_vae()
+    closed, _ = surrogate(ELBO(4000, analytic_kl=True, free_bits=0.1), vae, x)
+    sampled, _ = surrogate(ELBO(4000, free_bits=0.1), vae, x)
+    torch.testing.assert_close(sampled, closed, rtol=0.005, atol=0)
+
+
+def test_dimensions_below_the_floor_are_left_alone(x):
+    vae = make_vae()
+    (free,) = grads(surrogate(ELBO(free_bits=1e3), vae, x)[0], [vae.encoder.net.bias])
+    (none,) = grads(surrogate(ELBO(beta=0.0), vae, x)[0], [vae.encoder.net.bias])
+    torch.testing.assert_close(free, none)
+
+
+def test_free_bits_of_a_prior_that_does_not_factorise_are_those_of_the_site(x, caplog):
+    class Correlated(priors.Prior):
+        def forward(self):
+            cov = torch.tensor([[1.0, 0.5], [0.5, 1.0]]).double()
+            return dist.MultivariateNormal(torch.zeros(2).double(), cov)
+
+    vae = make_vae(Correlated(LATENTS))
+    plain, terms = surrogate(ELBO(), vae, x)
+    assert terms["kl"] > 0
+    for floor, kl in ((1e-9, terms["kl"]), (7.0, torch.tensor(7.0 * BATCH).double())):
+        loss, _ = surrogate(ELBO(free_bits=floor), vae, x)
+        torch.testing.assert_close(loss.detach(), kl - terms["reconstruction"])
+    assert "'z' has one floor for all its dimensions" in caplog.text
+    assert plain.requires_grad
+
+
+def test_free_bits_leave_a_masked_latent_out(x):
+    vae, seen = make_vae(), torch.arange(BATCH) < 2
+    masked = VAEOf(poutine.mask(vae.model, mask=seen), poutine.mask(vae.guide, mask=seen))
+    loss, terms = surrogate(ELBO(analytic_kl=True, free_bits=1e-9), masked, x)
+    torch.testing.assert_close(loss.detach(), -terms["elbo"])
+
+
+def test_free_bits_have_no_meaning_beside_a_scale_or_an_enumerated_site(x):
+    vae = make_vae()
+    scaled = VAEOf(poutine.scale(vae.model, 3.0), poutine.scale(vae.guide, 3.0))
+    with pytest.raises(ValueError, match="has a scale"):
+        surrogate(ELBO(free_bits=1.0), scaled, x)
+    x = torch.tensor([0.3, 2.0]).double()
+    with pytest.raises(ValueError, match="take free_bits=0"):
+        surrogate(ELBO(free_bits=1.0), mixture(x)[0], x)
+
+
+def test_several_latents_are_reported_one_by_one():
+    program, x, vae = TwoLatents(False), torch.tensor([1.0, -2.0, 0.3]).double(), make_vae()
+    terms = report(program.model, program.guide, (x,))
+    torch.testing.assert_close(terms["kl_z1"] + terms["kl_z2"], terms["kl"])
+    assert not {"kl_z"} & report(vae.model, vae.guide, (torch.zeros(2, 4).double(),)).keys()
+
+
+# Importance weights -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("objective", "bounds"),
+    [(IWAE(6), 1), (DReG(6), 1), (ReweightedWakeSleep(6), 1), (MIWAE(2, 3), 3)],
+    ids=["IWAE", "DReG", "ReweightedWakeSleep", "MIWAE"],
+)
+def test_bounds_are_those_of_the_log_weights_of_each_datum(x, objective, bounds):
+    vae = make_vae()
+    loss, terms = surrogate(objective, vae, x)
+    torch.manual_seed(1)
+    log_w = log_weights(vae.model, vae.guide, (x,), 6).view(bounds, 6 // bounds, BATCH)
+    bound = (log_w.logsumexp(1) - math.log(6 // bounds)).mean(0).sum()
+    torch.testing.assert_close(terms["bound"], bound.detach())
+    torch.testing.assert_close(loss.detach(), -bound.detach())
+    torch.testing.assert_close(terms["elbo"], log_w.mean((0, 1)).sum().detach())
+
+
+@pytest.mark.parametrize("objective", [IWAE(3), DReG(3), ReweightedWakeSleep(3), ScoreFunction(3)])
+def test_an_enumerated_site_of_the_model_is_summed_out_in_every_weight(objective):
+    x = torch.tensor([0.3, 2.0, 1.1]).double()
+    program, _ = mixture(x)
+    _, terms = surrogate(objective, program, x)
+    torch.manual_seed(1)
+    log_w = log_weights(program.model, program.guide, (x,), 3)
+    torch.testing.assert_close(terms["elbo"], log_w.mean(0).sum())
+
+
+def labelled(x):
+    """A guide that sums a label out."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Categorical(x.new_ones(3)))
+            z = pyro.sample("z", dist.Normal(y.to(x), 1.0))
+            pyro.sample("x", dist.Normal(z, 0.7), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Categorical(x.new_ones(3)), infer={"enumerate": "parallel"})
+            pyro.sample("z", dist.Normal(0.5 * (x + y), 0.6))
+
+    return VAEOf(model, guide)
+
+
+def test_a_site_enumerated_in_the_guide_is_summed_out_or_refused():
+    x = torch.tensor([0.3, 2.0, 1.1]).double()
+    _, terms = surrogate(IWAE(3), labelled(x), x)
+    torch.manual_seed(1)
+    log_w = log_weights(labelled(x).model, labelled(x).guide, (x,), 3)
+    torch.testing.assert_close(terms["bound"], (log_w.logsumexp(0) - math.log(3)).sum())
+    for objective in (DReG(), StickingTheLanding(), ReweightedWakeSleep(), ScoreFunction(), MMD()):
+        with pytest.raises(ValueError, match="'y' is enumerated, and this objective needs its"):
+            surrogate(objective, labelled(x), x)
+
+
+@pytest.mark.parametrize("objective", [IWAE(), DReG(), StickingTheLanding(), ScoreFunction()])
+def test_a_scale_is_refused_inside_the_logarithm(x, objective):
+    vae = make_vae()
+    scaled = VAEOf(poutine.scale(vae.model, 3.0), vae.guide)
+    with pytest.raises(ValueError, match="has a scale"):
+        surrogate(objective, scaled, x)
+
+
+@pytest.mark.parametrize(
+    "objective", [DReG(), StickingTheLanding(), ReweightedWakeSleep(), ScoreFunction()]
+)
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_guide_that_scores_only_its_own_draws_is_refused(objective, layers):
+    flow = dist.transforms.Planar(2).double()
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            if layers == 2:
+                z = z + pyro.sample("y", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            base = dist.Normal(x[:, None].expand(-1, 2), 1.0).to_event(1)
+            pyro.sample("z", dist.TransformedDistribution(base, [flow]))
+            if layers == 2:
+                pyro.sample("y", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+
+    program, x = VAEOf(model, guide), torch.tensor([0.3, 2.0, 1.1]).double()
+    with pytest.raises(ValueError, match=r"'z' \(TransformedDistribution\) scores only its own"):
+        surrogate(objective, program, x)
+    assert surrogate(IWAE(), program, x)[0].isfinite()
+
+
+# Wake and sleep -----------------------------------------------------------------------------------
+
+
+def test_data_that_the_model_does_not_observe_as_they_are_cannot_be_dreamt(x):
+    vae = VAE(*make_vae()._init_args.values(), missing=True).double()
+    with pytest.raises(ValueError, match="take insomnia=1"):
+        surrogate(ReweightedWakeSleep(insomnia=0.5), vae, x)
+    assert surrogate(ReweightedWakeSleep(), vae, x)[0].isfinite()
+
+
+# A plain autoencoder ------------------------------------------------------------------------------
+
+
+def autoencoder():
+    vae = make_vae()
+
+    def guide(x):
+        pyro.module("encoder", vae.encoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(vae.posterior(x).mean, event_dim=1))
+
+    return vae, VAEOf(vae.model, guide)
+
+
+@pytest.mark.parametrize("objective", [ELBO(), ELBO(2, analytic_kl=True), MMD(), Denoising()])
+def test_a_guide_without_density_is_trained_by_what_needs_only_draws(x, objective, caplog):
+    vae, program = autoencoder()
+    loss, terms = surrogate(objective, program, x)
+    assert all(grad.any() for grad in grads(loss, list(vae.parameters())))
+    if type(objective) is ELBO:
+        z = vae.posterior(x).mean
+        log_joint = vae.likelihood(z).log_prob(x) + vae.prior().log_prob(z)
+        torch.testing.assert_close(terms["elbo"], log_joint.sum().detach())
+    surrogate(objective, program, x)
+    assert caplog.text.count("'z' has no density: what is called elbo is log p(x, z)") == 1
+    report(program.model, program.guide, (x,))
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        IWAE(),
+        DReG(),
+        StickingTheLanding(),
+        ReweightedWakeSleep(),
+        ScoreFunction(),
+        ELBO(free_bits=1),
+    ],
+)
+def test_a_guide_without_density_is_refused_where_one_is_needed(x, objective):
+    program = Program(*vars(autoencoder()[1]).values())
+    with pytest.raises(ValueError, match="'z' is a Delta, which has no density"):
+        surrogate(objective, program, x)
+    with pytest.raises(ValueError, match="'z' is a Delta, which has no density"):
+        fit(program, x, objective=objective, epochs=1, progress=False)
+
+
+# Maximum mean discrepancy -------------------------------------------------------------------------
+
+
+def by_hand(z, prior):
+    """The discrepancy, pair by pair."""
+    n = len(z)
+    pairs = [(i, j) for i in range(n) for j in range(n) if i != j]
+    spread = sum((prior[i] - prior[j]).square().sum() for i, j in pairs) / len(pairs)
+
+    def kernel(a, b):
+        squared = (a - b).square().sum()
+        scales = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+        return sum(s * spread / (s * spread + squared) for s in scales) / 7
+
+    within = sum(kernel(z[i], z[j]) + kernel(prior[i], prior[j]) for i, j in pairs) / len(pairs)
+    return within - 2 * sum(kernel(a, b) for a in z for b in prior) / n**2
+
+
+def test_the_discrepancy_is_that_of_all_pairs():
+    z, prior = torch.randn(4, 5, 3).double() + 1, torch.randn(5, 3).double()
+    expected = torch.stack([by_hand(one, prior) for one in z])
+    torch.testing.assert_close(mmd(z, prior), expected)
+
+
+def test_the_discrepancy_of_two_samples_is_zero_for_one_distribution_alone():
+    same = mmd(torch.randn(2000, 20, 2), torch.randn(20, 2))
+    draws = torch.stack([mmd(torch.randn(20, 2), torch.randn(20, 2)) for _ in range(1000)])
+    assert draws.mean().abs() < 4 * draws.std() / math.sqrt(1000) + 1e-3
+    assert mmd(torch.randn(2000, 20, 2) + 1, torch.randn(20, 2)).mean() > same.mean() + 0.05
+
+
+def test_the_discrepancy_joins_the_loss_once_per_datum():
+    program, x = TwoLatents(False), torch.tensor([1.0, -2.0, 0.3]).double()
+    objective = MMD(alpha=0.75, penalty=10.0, num_particles=2)
+    loss, terms = surrogate(objective, program, x, kl_weight=0.5)
+    plain, plain_terms = surrogate(ELBO(2, beta=0.25), program, x, kl_weight=0.5)
+    torch.testing.assert_close(loss, plain + 9.75 * terms["mmd"])
+    torch.manual_seed(1)
+    drawn = draw(program.guide, (x,), 2).values
+    _, prior = simulate(program.model, (x,))
+    codes, prior = (torch.stack([v["z1"], v["z2"]], -1) for v in (drawn, prior))
+    expected = sum(by_hand(z, prior) for z in codes.detach().view(2, 3, 2)) / 2
+    torch.testing.assert_close(terms.pop("mmd"), 3 * expected)
+    torch.testing.assert_close(terms, plain_terms)
+
+
+def test_a_batch_of_one_has_no_discrepancy(x):
+    with pytest.raises(ValueError, match="take a batch_size of at least 2"):
+        surrogate(MMD(), make_vae(), x[:1])
+
+
+# Denoising ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("noise", ["mask", "flip", "normal"])
+def test_denoising_at_level_zero_is_the_elbo(x, noise):
+    vae = make_vae()
+    torch.manual_seed(1)
+    Denoising(noise).corrupt(x)  # as much noise as training takes
+    expected = ELBO(2, beta=0.5).surrogate(vae.model, vae.guide, (x,))
+    found = surrogate(Denoising(noise, level=0.0, num_particles=2, beta=0.5), vae, x)
+    torch.testing.assert_close(found, expected)
+
+
+def test_noise_is_what_it_says():
+    x = torch.tensor([0.0, 1.0]).repeat(20_000, 1)
+    masked, flipped = Denoising("mask", 0.3).corrupt(x), Denoising("flip", 0.3).corrupt(x)
+    noisy = Denoising("normal", 0.3).corrupt(x)
+    torch.testing.assert_close(masked.mean(0), torch.tensor([0.0, 0.7]), rtol=0, atol=0.02)
+    torch.testing.assert_close(flipped.mean(0), torch.tensor([0.3, 0.7]), rtol=0, atol=0.02)
+    torch.testing.assert_close((noisy - x).std(0), torch.tensor([0.3, 0.3]), rtol=0.03, atol=0)
+    assert set(masked.unique().tolist()) == set(flipped.unique().tolist()) == {0.0, 1.0}
+
+
+def test_the_guide_alone_sees_noise_and_in_the_first_argument_alone():
+    def model(x, y):
+        seen["model"] = x, y
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x, y):
+        seen["guide"] = x, y
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    seen, x, y = {}, torch.ones(4), torch.ones(4)
+    Denoising("mask", level=1.0).surrogate(model, guide, (x, y))
+    assert not seen["guide"][0].any()
+    assert all(tensor.all() for tensor in (seen["guide"][1], *seen["model"]))
+
+
+# Every objective ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_fit_moves_every_parameter(name, x):
+    vae = make_vae()
+    before = {key: value.clone() for key, value in vae.state_dict().items()}
+    history = fit(vae, x, objective=OBJECTIVES[name](), epochs=2, batch_size=3, progress=False)
+    assert all(math.isfinite(row["elbo"]) for row in history)
+    assert not any(torch.equal(before[key], value) for key, value in vae.state_dict().items())
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_pyros_svi_moves_every_parameter(name):
+    program = exact.PPCA(width=1.3, shift=0.3)
+    before = {key: value.clone() for key, value in program.state_dict().items()}
+    svi = SVI(program.model, program.guide, Adam({"lr": 0.01}), OBJECTIVES[name]())
+    x = program.sample(7)
+    assert all(math.isfinite(svi.step(x)) for _ in range(2))
+    assert math.isfinite(svi.evaluate_loss(x))
+    assert not any(torch.equal(before[key], value) for key, value in program.state_dict().items())
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_value_needs_no_gradients_and_is_that_of_the_loss(name, x):
+    vae, objective = make_vae(), OBJECTIVES[name]()
+    loss, terms = surrogate(objective, vae, x)
+    with torch.no_grad():
+        again, also = surrogate(objective, vae, x)
+    torch.testing.assert_close(again, loss.detach())
+    torch.testing.assert_close(also, terms)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_traces_to_one_graph(name, x):
+    vae, objective = make_vae(), OBJECTIVES[name]()
+
+    def loss(kl_weight, x):
+        return objective.surrogate(vae.model, vae.guide, (x,), kl_weight)
+
+    step = compiled.with_gradients(loss, list(vae.parameters()))
+    args = torch.tensor(0.7), x
+    with validation(False):
+        graph = torch.no_grad()(make_fx(step)(*args))
+    results = []
+    for run in (step, graph):
+        torch.manual_seed(2)
+        results.append(run(*args))
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)

@@ -245,6 +245,54 @@ def test_draws_in_chunks_are_all_draws(name):
     torch.testing.assert_close(log_w.double(), P.log_px(X).expand_as(log_w), rtol=0, atol=2e-4)
 
 
+@pytest.mark.parametrize("name", SAME)
+@pytest.mark.parametrize("num_particles", [1, 3])
+def test_draws_are_scored_again_like_the_first_time(name, num_particles):
+    vae = SAME[name]()
+    drawn = program.draw(vae.guide, (X,), num_particles)
+    values = {name: z.detach() for name, z in drawn.values.items()}
+    again = program.rescore(vae.guide, (X,), drawn, values)
+    assert again.keys() == drawn.scores.keys()
+    torch.testing.assert_close(program.total(again), drawn.log_q.flatten())
+
+
+def test_other_values_than_the_draws_are_scored():
+    narrow, z = PPCA(width=0.5), torch.randn(18, 2)
+    expected = narrow.posterior(X.repeat(3, 1)).log_prob(z)
+    for by_rows in (False, True):
+        drawn = program.draw(narrow.guide, (X,), 3, by_rows)
+        again = program.rescore(narrow.guide, (X,), drawn, {"z": z})
+        torch.testing.assert_close(again["z"].log_prob, expected)
+
+
+def test_simulated_data_and_latents_are_those_of_the_model():
+    x = torch.zeros(50_000, 5)
+    (new,), latents = program.simulate(P.model, (x,))
+    assert new.shape == x.shape
+    assert not new.requires_grad
+    both = torch.cat([latents["z"], new], -1)
+    w = P.weight.detach()
+    cov = torch.cat([torch.eye(2), w]) @ torch.cat([torch.eye(2), w]).T
+    cov[2:, 2:] += P.noise**2 * torch.eye(5)
+    torch.testing.assert_close(both.T.cov(), cov, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(new.mean(0), P.bias.detach(), rtol=0, atol=0.05)
+
+
+def test_what_the_model_is_merely_given_is_not_simulated():
+    def model(x, y, scale):
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Bernoulli(torch.full((len(x),), 0.5)), obs=y)
+            z = pyro.sample("z", dist.Normal(scale, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=2 * x)
+
+    args = torch.zeros(100), torch.zeros(100), torch.ones(100)
+    (x, y, scale), latents = program.simulate(model, args)
+    assert x is args[0]
+    assert scale is args[2]
+    assert 0 < y.mean() < 1
+    assert latents.keys() == {"z"}
+
+
 def test_draws_differ_and_are_scored():
     narrow = PPCA(width=0.5)
     for by_rows in (False, True):
@@ -750,6 +798,13 @@ def test_refused(name):
     with pytest.raises(ValueError, match=reason) as caught:
         program.check(model, guide, (X,), alone=True)
     assert "\n" not in str(caught.value)
+
+
+def test_training_does_without_a_density_where_it_can():
+    model, guide, reason = REFUSED["delta"]
+    program.check(model, guide, (X,))
+    with pytest.raises(ValueError, match=reason):
+        program.check(model, guide, (X,), density=True)
 
 
 def test_training_may_depend_on_the_batch():

@@ -562,7 +562,8 @@ def test_a_second_fit_goes_on_from_the_weights():
 def test_rows_say_what_happened():
     history = fit(make_vae(), make_data(), valid=make_data())
     terms = ["elbo", "reconstruction", "kl"]
-    names = ["epoch", *terms, *(f"valid_{n}" for n in terms), "lr", "kl_weight", "seconds"]
+    valid = [*(f"valid_{n}" for n in terms), "valid_active_units"]
+    names = ["epoch", *terms, *valid, "lr", "kl_weight", "seconds"]
     assert [list(row) for row in history] == [names] * 2
     assert [row["epoch"] for row in history] == [1, 2]
     assert all(isinstance(value, (int, float)) for row in history for value in row.values())

@@ -5,9 +5,26 @@ gradient the estimator. Nothing in it leaves the graph, so it is traced and comp
 """
 
 from pyrovae.objectives.base import Objective
+from pyrovae.objectives.denoising import Denoising
 from pyrovae.objectives.elbo import ELBO, report
+from pyrovae.objectives.importance import IWAE, MIWAE
+from pyrovae.objectives.leaves import DReG, StickingTheLanding
+from pyrovae.objectives.mmd import MMD
+from pyrovae.objectives.score import ReweightedWakeSleep, ScoreFunction
 
-__all__ = ["ELBO", "Objective", "report"]
+__all__ = [
+    "ELBO",
+    "IWAE",
+    "MIWAE",
+    "MMD",
+    "DReG",
+    "Denoising",
+    "Objective",
+    "ReweightedWakeSleep",
+    "ScoreFunction",
+    "StickingTheLanding",
+    "report",
+]
 
 DEFAULT = ELBO
 """What is taken where none is named."""

@@ -45,6 +45,7 @@ def check(
     args: Args,
     scaled: bool = True,
     alone: bool = False,
+    density: bool = False,
 ) -> None:
     """Run model and guide on a few rows, with validation on, and refuse what cannot be scored.
 
@@ -57,11 +58,12 @@ def check(
         scaled: Whether a scale on a site is allowed.
         alone: Whether a datum's densities must be the same in every batch: training does without,
             log p(x) does not.
+        density: Whether the guide's latents need a density; `alone` they do.
 
     Raises:
-        ValueError: If model and guide disagree on their latents, a latent has no density, a site
-            does not give one number per row (or, if `alone`, depends on other rows), or the data
-            lie outside the likelihood's support.
+        ValueError: If model and guide disagree on their latents, a latent has no density and needs
+            one, a site does not give one number per row (or, if `alone`, depends on other rows), or
+            the data lie outside the likelihood's support.
     """
     refuse_autoguides(guide)
     few = tuple(arg[torch.arange(ROWS, device=arg.device) % len(arg)] for arg in args)
@@ -74,11 +76,13 @@ def check(
     ):
         torch.manual_seed(0)
         drawn, q_sites = _check_guide(guide, few)
+        if density or alone:
+            refuse_points(drawn)
         scores = _check_model(model, few, drawn, q_sites)
         for fn in (model, guide):
             _check_parameters(fn, few)
         if not scaled:
-            _check_scales(scores | drawn.scores)
+            refuse_scales(scores | drawn.scores)
         if alone:
             _check_rows_alone(model, guide, few, drawn, scores)
         where = "model and guide fail on a batch of 14 rows, 7 data twice"
@@ -91,6 +95,31 @@ def refuse_autoguides(guide: PyroFunction) -> None:
         raise Refused(
             f"{type(guide).__name__} has parameters for each datum it was first run on: take a "
             "guide that is a function of the data, for any number of them"
+        )
+
+
+def points(drawn: Draw) -> list[str]:
+    """The drawn sites that have all their mass at one value, and no density."""
+    return [name for name, score in drawn.scores.items() if _is_point(score.fn)]
+
+
+def refuse_points(drawn: Draw) -> None:
+    """Refuse draws that have no density."""
+    for name in points(drawn):
+        raise Refused(
+            f"the guide's site {name!r} is a Delta, which has no density: bounds and estimates of "
+            "log p(x) need a guide that spreads, such as a Normal"
+        )
+
+
+def refuse_scales(scores: dict[str, Score]) -> None:
+    """Refuse sites with a scale."""
+    for name, score in scores.items():
+        if not isinstance(score.scale, Tensor) and score.scale == 1:
+            continue
+        raise Refused(
+            f"site {name!r} has a scale: inside the logarithm of an importance-weighted objective "
+            "it is no bound. Take poutine.scale or the subsampling plate away, or use the ELBO"
         )
 
 
@@ -190,15 +219,6 @@ def _check_guide(guide: PyroFunction, args: Args) -> tuple[Draw, dict[str, Any]]
         )
     if not sites:
         raise Refused("the guide samples nothing: it must sample every latent of the model")
-    for name, site in sites.items():
-        fn = site["fn"]
-        while hasattr(fn, "base_dist") and not isinstance(fn, dist.Delta):
-            fn = fn.base_dist
-        if isinstance(fn, dist.Delta):
-            raise Refused(
-                f"the guide's site {name!r} is a Delta, which has no density: ELBO and log p(x) "
-                "need a guide that spreads, such as a Normal"
-            )
     _check_enumerated(sites)
     return attempt(where, lambda: draw(guide, args)), sites
 
@@ -355,14 +375,10 @@ def _same(where: str, name: str, left: Tensor, right: Tensor) -> None:
         )
 
 
-def _check_scales(scores: dict[str, Score]) -> None:
-    for name, score in scores.items():
-        if not isinstance(score.scale, Tensor) and score.scale == 1:
-            continue
-        raise Refused(
-            f"site {name!r} has a scale: inside the logarithm of an importance-weighted objective "
-            "it is no bound. Take poutine.scale or the subsampling plate away, or use the ELBO"
-        )
+def _is_point(fn: dist.TorchDistribution) -> bool:
+    while hasattr(fn, "base_dist") and not isinstance(fn, dist.Delta):
+        fn = fn.base_dist
+    return isinstance(fn, dist.Delta)
 
 
 def _names(names: set[str]) -> str:

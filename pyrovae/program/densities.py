@@ -158,6 +158,72 @@ def score_sites(model: PyroFunction, args: Args, values: dict[str, Tensor]) -> d
     return {n: _score(s, shape, observed=n not in hidden) for n, s in sites.items()}
 
 
+def rescore(
+    guide: PyroFunction, args: Args, drawn: Draw, values: dict[str, Tensor]
+) -> dict[str, Score]:
+    """The log density of other values under the guide that was drawn from.
+
+    With one latent its own distribution scores them; with several the guide runs on them, on the
+    data repeated.
+
+    Args:
+        guide: The Pyro function that was drawn from.
+        args: The data that it was drawn for.
+        drawn: The draws.
+        values: Each latent's value, as many rows as were drawn.
+
+    Raises:
+        Refused: If a latent is enumerated, or its distribution scores only its own draws.
+    """
+    refuse_enumerated(drawn)
+    k = drawn.num_particles
+    if len(drawn.scores) == 1:
+        ((name, score),) = drawn.scores.items()
+        fn, value = score.fn, values[name]
+        if fn.batch_shape in ((len(args[0]),), (len(value),)):
+            log_prob = _log_prob(name, fn, value.reshape(-1, *fn.batch_shape, *fn.event_shape))
+            log_prob = scale_and_mask(log_prob, mask=score.mask).flatten()
+            return {name: Score(fn, value, log_prob, score.scale, score.mask)}
+    return score_sites(guide, repeat(args, k), values)
+
+
+def simulate(model: PyroFunction, args: Args) -> tuple[Args, dict[str, Tensor]]:
+    """Data and latents drawn from the model, as many rows as `args` have, without gradients.
+
+    Args:
+        model: A Pyro function of `args`.
+        args: Data. One that the model observes as it is becomes a draw; what is merely conditioned
+            on stays.
+
+    Returns:
+        The arguments, and each latent's value.
+    """
+    with torch.no_grad():
+        sites = samples(trace(poutine.uncondition(model), args, owner=model))
+    observed = {n: s for n, s in sites.items() if s["infer"].get("was_observed")}
+    new = {id(s["infer"]["obs"]): s["value"] for s in observed.values()}
+    latent = {n: s["value"] for n, s in sites.items() if n not in observed}
+    return tuple(new.get(id(arg), arg) for arg in args), latent
+
+
+def refuse_enumerated(drawn: Draw) -> None:
+    """Refuse draws of a guide that sums a site out: log q of that site is nowhere."""
+    if summed := sorted(drawn.values.keys() - drawn.scores.keys()):
+        raise Refused(
+            f"the guide's site {summed[0]!r} is enumerated, and this objective needs its density: "
+            "leave it out of the guide and mark it in the model, draw it, or take an objective "
+            "that sums sites of the guide out"
+        )
+
+
+def family(fn: dist.TorchDistribution) -> str:
+    """Name of a distribution, without what only reshapes, masks or expands it."""
+    wrappers = (torch.distributions.Independent, dist.MaskedDistribution, dist.ExpandedDistribution)
+    while isinstance(fn, wrappers):
+        fn = fn.base_dist
+    return type(fn).__name__
+
+
 def total(scores: dict[str, Score]) -> Tensor:
     """Sum of the sites' log densities: `(rows,)`, or `(values, rows)` if one is enumerated."""
     return sum((score.log_prob for score in scores.values()), torch.zeros(()))
@@ -214,6 +280,11 @@ def samples(trace: poutine.Trace) -> dict[str, Any]:
 def latents(trace: poutine.Trace) -> dict[str, Any]:
     """The sites that are not data."""
     return {name: s for name, s in samples(trace).items() if not s["is_observed"]}
+
+
+def distributions(guide: PyroFunction, args: Args) -> dict[str, dist.TorchDistribution]:
+    """The distribution of each of the guide's latents, in one run of it."""
+    return {name: site["fn"] for name, site in latents(trace(guide, args)).items()}
 
 
 def given(fn: PyroFunction, values: dict[str, Tensor]) -> PyroFunction:
@@ -317,7 +388,7 @@ def _front(sites: Iterable[Any]) -> tuple[int, ...]:
 def _score(site: Any, shape: Sequence[int], observed: bool = False) -> Score:
     """Score a site, inner plates summed; `shape` is `(*enumerated, rows)`."""
     fn, value, mask = site["fn"], site["value"], site["mask"]
-    log_prob = fn.log_prob(value)
+    log_prob = _log_prob(site["name"], fn, value)
     if not observed and not _is_everywhere(fn):  # torch's formulas go on outside the support
         log_prob = log_prob.masked_fill(~fn.support.check(value), -torch.inf)
     log_prob = scale_and_mask(log_prob, mask=mask)
@@ -338,6 +409,18 @@ def _score(site: Any, shape: Sequence[int], observed: bool = False) -> Score:
             'pyro.plate("data", len(x)) and declare event dimensions with .to_event'
         )
     return Score(fn, value, log_prob, site["scale"], mask, observed)
+
+
+def _log_prob(name: str, fn: dist.TorchDistribution, value: Tensor) -> Tensor:
+    try:
+        return fn.log_prob(value)
+    except (NotImplementedError, KeyError) as error:  # a flow without an inverse
+        remedy = "take a distribution that scores any value, or an objective that does without"
+        reason = str(error) if isinstance(error, NotImplementedError) else ""
+        raise Refused(
+            f"site {name!r} ({family(fn)}) scores only its own draws, and the density of another "
+            f"value is asked for: {reason or remedy}"
+        ) from error
 
 
 def _is_everywhere(fn: dist.TorchDistribution) -> bool:
