@@ -9,6 +9,7 @@ Train one and score it::
 
 from pyrovae import data, evidence, guides, likelihoods, nets, objectives, plotting, priors
 from pyrovae.evidence import LogPx, elbo, log_px
+from pyrovae.hierarchical import HierarchicalVAE, LadderVAE
 from pyrovae.program import Program
 from pyrovae.runs import load, save
 from pyrovae.training import NonFiniteLoss, fit
@@ -18,6 +19,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "VAE",
+    "HierarchicalVAE",
+    "LadderVAE",
     "LogPx",
     "NonFiniteLoss",
     "Program",

@@ -110,7 +110,8 @@ def _constructors(part: type) -> list[Any]:
 def _check_unchanged(module: nn.Module) -> None:
     within = set(module.modules())
     for name, arg in getattr(module, "_init_args", {}).items():
-        if isinstance(arg, nn.Module) and arg not in within:
+        parts = arg if isinstance(arg, (list, tuple)) else [arg]
+        if any(isinstance(part, nn.Module) and part not in within for part in parts):
             raise TypeError(f"{name} was replaced after {type(module).__name__} was made")
 
 

@@ -144,24 +144,29 @@ class _Parser(ArgumentParser):
 def _normalised(argv: Sequence[str], target: Callable[..., Any]) -> list[str]:
     """Flags with underscores, switches (`--missing`) with their value, lists in brackets."""
     switches = {n for n, p in parameters_of(target).items() if "bool" in str(p.annotation)}
+    lists = {n for n, p in parameters_of(target).items() if "Sequence" in str(p.annotation)}
     words: list[str] = []
     for i, word in enumerate(argv):
         if not word.startswith("--"):
-            of_part = bool(words) and re.fullmatch(r"--[\w]+\.[\w.]+", words[-1])
-            is_list = of_part and re.fullmatch(r"[^\[{]+(,[^\[{]*)+", word)
-            words.append(f"[{word}]" if is_list else word)
+            of_flag = words[-1][2:] if words and words[-1].startswith("--") else ""
+            words.append(_bracketed(word) if of_flag in lists or "." in of_flag else word)
             continue
         flag, equals, value = word[2:].partition("=")
         flag = flag.replace("-", "_")
         following = argv[i + 1] if i + 1 < len(argv) else "--"
         words.append(f"--{flag}")
         if equals:
-            words.append(value)
+            words.append(_bracketed(value) if flag in lists or "." in flag else value)
         elif (flag in switches and following.lower() not in ("true", "false")) or (
             "." in flag and flag.rpartition(".")[2] not in ROLES and following.startswith("--")
         ):
             words.append("true")
     return words
+
+
+def _bracketed(word: str) -> str:
+    """`50,20` as `[50,20]`; any other word as it is."""
+    return f"[{word}]" if re.fullmatch(r"[^\[{]+(,[^\[{]*)+", word) else word
 
 
 def _part_names(words: list[str], roles: list[str]) -> tuple[dict[str, type[Any]], list[str]]:

@@ -78,6 +78,9 @@ class Network(nn.Module):
 class Net(Configurable):
     """Recipe for a network: `net(in_shape, out_shape)` makes it."""
 
+    images_only = False
+    """Whether one side of the network must be an image."""
+
     def __call__(self, in_shape: Shape, out_shape: Shape) -> nn.Module:
         """Make a network from `(*, *in_shape)` to `(*, *out_shape)`."""
         raise NotImplementedError
@@ -140,6 +143,8 @@ class Conv(Net):
         >>> encoder(torch.zeros(5, 1, 28, 20)).shape
         torch.Size([5, 4])
     """
+
+    images_only = True
 
     def __init__(
         self,

@@ -61,21 +61,19 @@ class VAE(Configurable, nn.Module):
 
     def __init__(self, prior: Prior, likelihood: Likelihood, guide: Guide, missing: bool = False):
         super().__init__()
-        for role, part in (("prior", prior), ("likelihood", likelihood), ("guide", guide)):
-            if not isinstance(part, nn.Module):
-                raise TypeError(f"{role} must be a module of pyrovae.{role}s, got {part!r}")
+        check_modules(prior=prior, likelihood=likelihood, guide=guide)
         _agree("latent_dim", prior=prior, likelihood=likelihood, guide=guide)
         _agree("shape", prior=prior, likelihood=likelihood, guide=guide)
         if hasattr(prior, "connect"):
             prior.connect(guide)
         self.prior, self.likelihood, self.encoder = prior, likelihood, guide
         self.missing = missing
-        self._name = f"vae_{next(_count)}"
+        self._name = new_name()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy, under a name of its own in Pyro's parameter store."""
         super().__setstate__(state)
-        self._name = f"vae_{next(_count)}"
+        self._name = new_name()
 
     def model(self, x: Tensor) -> None:
         """p(z) p(x|z) for a batch x of shape `(batch, *shape)`."""
@@ -84,7 +82,7 @@ class VAE(Configurable, nn.Module):
             z = pyro.sample("z", self.prior())
             px = self.likelihood(z)
             if self.missing:
-                px, x = _leave_out_missing(px, x)
+                px, x = leave_out_missing(px, x)
             pyro.sample("x", px, obs=x)
 
     def guide(self, x: Tensor) -> None:
@@ -95,7 +93,12 @@ class VAE(Configurable, nn.Module):
 
     def posterior(self, x: Tensor) -> dist.TorchDistribution:
         """q(z|x): batch shape that of x before `shape`, event shape `(latent_dim,)`."""
-        return self.encoder(x.nan_to_num() if self.missing else x)
+        return self.encoder(self._seen(x))
+
+    @property
+    def latent_dims(self) -> tuple[int, ...]:
+        """Number of latents of each layer, from the data up: here of one."""
+        return (self.prior.latent_dim,)
 
     def initialize(self, x: Tensor) -> None:
         """Start new parts at training data x, `(n, *shape)`: those that have an `initialize`."""
@@ -127,8 +130,13 @@ class VAE(Configurable, nn.Module):
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
         with self._evaluation():
-            px = self.likelihood(self.prior().sample((num_samples,)))
+            px = self.likelihood(self.sample_latent(num_samples))
             return px.mean if mean else px.sample()
+
+    def sample_latent(self, num_samples: int = 1) -> Tensor:
+        """Draw codes, as `decode` takes them, from p(z): shape `(num_samples, latent_dim)`."""
+        with self._evaluation():
+            return self.prior().sample((num_samples,))
 
     def interpolate(self, start: Tensor, end: Tensor, steps: int = 10) -> Tensor:
         """Decode the straight path between two codes.
@@ -147,6 +155,10 @@ class VAE(Configurable, nn.Module):
         weight = torch.linspace(0, 1, steps, dtype=first.dtype, device=first.device)
         return self.decode(torch.lerp(first, last, weight[:, None, None]))
 
+    def _seen(self, x: Tensor) -> Tensor:
+        """What the guide sees of x."""
+        return x.nan_to_num() if self.missing else x
+
     @contextmanager
     def _evaluation(self) -> Iterator[None]:
         """No gradients, evaluation mode; the mode comes back."""
@@ -154,7 +166,23 @@ class VAE(Configurable, nn.Module):
             yield
 
 
-def _leave_out_missing(
+def new_name() -> str:
+    """A name in Pyro's parameter store that no other model has."""
+    return f"vae_{next(_count)}"
+
+
+def check_modules(**parts: object) -> None:
+    """Refuse parts, by role, that are no modules.
+
+    Raises:
+        TypeError: With the first.
+    """
+    for role, part in parts.items():
+        if not isinstance(part, nn.Module):
+            raise TypeError(f"{role} must be a module of pyrovae.{role}s, got {part!r}")
+
+
+def leave_out_missing(
     px: dist.TorchDistribution, x: Tensor
 ) -> tuple[dist.TorchDistribution, Tensor]:
     """The likelihood of the entries of x that are there."""
