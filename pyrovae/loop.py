@@ -30,6 +30,7 @@ from pyrovae._config import to_config
 from pyrovae._random import key
 from pyrovae.checkpoint import Checkpoint
 from pyrovae.data import Split
+from pyrovae.evidence.latents import count_active
 from pyrovae.objectives import Objective, report
 from pyrovae.options import Options
 from pyrovae.program import Args, PyroFunction
@@ -44,6 +45,9 @@ SAVE_SECONDS = 2
 
 VALID_ROWS = 1000
 """Validation data scored at once."""
+
+ACTIVITY_ROWS = 500
+"""Validation data, at most, by which active latents are counted."""
 
 Row = dict[str, Any]
 OnEpoch = Callable[[nn.Module, Row], None]
@@ -281,7 +285,11 @@ class Loop:
                 args = program.as_args(split[slice(start, start + VALID_ROWS)])
                 for name, value in report(self.model, self.guide, args).items():
                     sums[name] = sums.get(name, 0.0) + float(value)
-        return {name: value / len(split) for name, value in sums.items()}
+            spread = split[_spread(len(split), ACTIVITY_ROWS)]
+            active = count_active(self.guide, program.as_args(spread))
+        return {name: value / len(split) for name, value in sums.items()} | (
+            {} if active is None else {"active_units": active}
+        )
 
     def _snapshot(self) -> dict[str, Tensor]:
         return {name: tensor.detach().clone() for name, tensor in self.tensors.items()}

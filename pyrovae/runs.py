@@ -6,6 +6,7 @@ weights.safetensors    parameters and buffers
 training.safetensors   state of training, from which a run is resumed
 metrics.csv            one row per epoch
 log_px.json, .csv      log p(x) of the test data: summary, and one row per datum
+latents.json, .csv     rate, distortion and the like: summary, and one row per latent
 summary.json           time, memory, validation ELBO
 figures/*.png          pictures
 =====================  =============================================================
@@ -30,6 +31,7 @@ from torch import nn
 import pyrovae
 from pyrovae._config import from_config, to_config
 from pyrovae.checkpoint import read_tensors, replacing, write_tensors
+from pyrovae.evidence import Latents
 from pyrovae.evidence.result import PER_DATUM, LogPx
 from pyrovae.program import Program, owners
 
@@ -39,7 +41,7 @@ CONFIG, WEIGHTS, SUMMARY = "config.json", "weights.safetensors", "summary.json"
 METRICS, CHECKPOINT = "metrics.csv", "training.safetensors"
 WRITTEN = (
     *(CONFIG, WEIGHTS, SUMMARY, METRICS, CHECKPOINT, "log_px*.json", "log_px*.csv"),
-    *("codes.npz", "samples.npz", "figures/*.png", ".*.tmp"),
+    *("latents*.json", "latents*.csv", "codes.npz", "samples.npz", "figures/*.png", ".*.tmp"),
 )
 """What a run consists of."""
 
@@ -253,6 +255,11 @@ class Run:
             for i, numbers in enumerate(zip(*columns, strict=True))
         ]
         _write_csv(self.path / f"{name}.csv", rows)
+        self.write_json(f"{name}.json", result.summary() | {"made_by": made_by()})
+
+    def add_latents(self, result: Latents, name: str = "latents") -> None:
+        """Write what the latents carry: its summary as JSON, and a row per latent as CSV."""
+        _write_csv(self.path / f"{name}.csv", result.rows())
         self.write_json(f"{name}.json", result.summary() | {"made_by": made_by()})
 
     def per_datum(self, name: str = "log_px") -> torch.Tensor | None:

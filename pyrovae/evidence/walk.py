@@ -1,0 +1,196 @@
+"""Data in blocks, and a program in the precision that what is said of it is computed in."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, TypeVar
+
+import pyro
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pyrovae import nets, program
+from pyrovae._random import key
+from pyrovae.data import as_split
+from pyrovae.program import Args, PyroFunction
+
+ROWS = 800
+"""Rows of the model run at once: activations of this many stay in the processor's cache."""
+
+MIN_BLOCK = 8
+"""Data in a block with many particles."""
+
+T = TypeVar("T")
+
+
+class Walk:
+    """The data, a block at a time, under noise keyed by the seed and the block.
+
+    Args:
+        model: p(x, z), a Pyro function of x.
+        guide: q(z|x), a Pyro function of x.
+        x: Data: a tensor, a tuple of tensors, or a split.
+        num_particles: Draws per datum that a block has room for.
+        seed: Of the noise; None takes a new one.
+        dtype: At least float32; None runs as model and guide are.
+        block_size: Data in a block; None chooses by `num_particles`.
+        blocks: Numbers of the blocks to walk; None walks all.
+    """
+
+    def __init__(
+        self,
+        model: PyroFunction,
+        guide: PyroFunction,
+        x: Any,
+        num_particles: int,
+        seed: int | None = None,
+        dtype: torch.dtype | None = None,
+        block_size: int | None = None,
+        blocks: Sequence[int] | None = None,
+    ):
+        for name, value, least in (
+            ("num_particles", num_particles, 1),
+            ("block_size", 1 if block_size is None else block_size, 1),
+            ("seed", 0 if seed is None else seed, 0),
+        ):
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value!r}")
+        self.num_particles = num_particles
+        self.seed = random.SystemRandom().getrandbits(31) if seed is None else seed
+        self.split = as_split(x)
+        self.size = block_size or min(max(ROWS // num_particles, MIN_BLOCK), ROWS)
+        total = -(-len(self.split) // self.size)
+        self.numbers = list(range(total) if blocks is None else blocks)
+        distinct = set(self.numbers)
+        if not distinct or not distinct <= set(range(total)) or len(distinct) < len(self.numbers):
+            raise ValueError(f"blocks must be among 0 to {total - 1}, each once, got {blocks}")
+        self.programs = in_precision(model, guide, dtype)
+
+    def map(
+        self,
+        function: Callable[[Args, slice], T],
+        task: str = "log p(x)",
+        progress: bool = False,
+        density: bool = True,
+    ) -> list[T]:
+        """What a function makes of each block: of its data, and of where in the data they are.
+
+        Args:
+            function: Runs without gradients, in evaluation mode, under the block's noise.
+            task: What the bar says.
+            progress: Show a bar.
+            density: Refuse first what has no density per datum; else what cannot run at all.
+        """
+        model, guide = self.programs.model, self.programs.guide
+        with torch.no_grad(), self.programs.running():
+            with program.undisturbed(model, guide):
+                program.check(model, guide, self.args(slice(0, 7)), alone=density)
+            bar = tqdm(self.numbers, desc=task, disable=not progress)
+            return [self._block(function, number) for number in bar]
+
+    def has_density(self) -> bool:
+        """Whether the guide's latents all have a density; a plain autoencoder's have none."""
+        model, guide = self.programs.model, self.programs.guide
+        with torch.no_grad(), self.programs.running(), program.undisturbed(model, guide):
+            few = self.args(slice(0, 7))
+            program.check(model, guide, few)
+            return not program.points(program.draw(guide, few))
+
+    def args(self, index: slice) -> Args:
+        """Some of the data, as model and guide take them."""
+        return tuple(self.programs.to(arg) for arg in program.as_args(self.split[index]))
+
+    def _block(self, function: Callable[[Args, slice], T], number: int) -> T:
+        model, guide = self.programs.model, self.programs.guide
+        index = slice(number * self.size, (number + 1) * self.size)
+        with program.undisturbed(model, guide), program.in_mode(False, model, guide):
+            torch.manual_seed(key(self.seed, number))
+            args = self.args(index)
+            with program.validation(True):
+                self._validate(args, index)
+            with program.validation(False):
+                return function(args, index)
+
+    def _validate(self, args: Args, index: slice) -> None:
+        """One particle under validation: data outside the support get no density, but a reason."""
+        try:
+            program.log_weights(self.programs.model, self.programs.guide, args, 1)
+        except (ValueError, RuntimeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            last = index.start + len(args[0]) - 1
+            raise ValueError(
+                f"the program fails on data {index.start} to {last}: {reason}"
+            ) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """Model and guide in the precision that the estimate is made in.
+
+    Attributes:
+        model: p(x, z).
+        guide: q(z|x).
+        dtype: What they were brought to; None where they run as they are.
+        device: Where they are; None where they do not say.
+    """
+
+    model: PyroFunction
+    guide: PyroFunction
+    dtype: torch.dtype | None
+    device: torch.device | None
+
+    def to(self, tensor: Tensor) -> Tensor:
+        """Bring data to where the programs are."""
+        tensor = tensor.to(self.device) if self.device else tensor
+        return tensor.to(self.dtype) if self.dtype and tensor.is_floating_point() else tensor
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """In this precision, whatever the caller's; Pyro's store is as it was afterwards."""
+        default, store = torch.get_default_dtype(), pyro.get_param_store()
+        device_type = self.device.type if self.device else "cpu"
+        token = nets.autocast.set(nullcontext)
+        try:
+            torch.set_default_dtype(self.dtype or default)
+            with (
+                program.store_kept(),
+                torch.autocast(device_type, enabled=False),
+                store.scope(_converted(store, self.dtype)) if self.dtype else nullcontext(),
+            ):
+                yield
+        finally:
+            torch.set_default_dtype(default)
+            nets.autocast.reset(token)
+
+
+def _converted(store: Any, dtype: torch.dtype) -> dict[str, Any]:
+    """The store's state with its parameters in another precision."""
+    state = store.get_state()
+    floats = {n: p.detach().to(dtype) for n, p in state["params"].items() if p.is_floating_point()}
+    return {**state, "params": {**state["params"], **floats}}
+
+
+def in_precision(model: PyroFunction, guide: PyroFunction, dtype: torch.dtype | None) -> Programs:
+    """Model and guide in `dtype`, copied if they are in another."""
+    if dtype not in (None, torch.float32, torch.float64):
+        raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+    owned = [p for m in program.modules(model, guide) for p in m.parameters()]
+    stored = list(pyro.get_param_store().get_state()["params"].values())
+    now = {p.dtype for p in (*owned, *stored) if p.is_floating_point()}
+    low = now & {torch.bfloat16, torch.float16}
+    wanted = dtype or (torch.float32 if low else None)
+    if wanted and {p.dtype for p in owned if p.is_floating_point()} - {wanted}:
+        model, guide = copy.deepcopy((model, guide))
+        for module in program.modules(model, guide):
+            if module not in program.owners(model, guide):
+                raise ValueError(
+                    f"{wanted} runs on a copy, and the modules of a plain function cannot be "
+                    "copied: make them attributes of an nn.Module, or convert them yourself"
+                )
+            module.to(wanted)
+    return Programs(model, guide, wanted, owned[0].device if owned else None)
