@@ -23,7 +23,7 @@ ROLES: dict[str, tuple[ModuleType, type]] = {
 }
 """Where the parts of each role are, and what they derive from."""
 
-GIVEN = {"shape", "latent_dim", "net"}
+GIVEN = {"shape", "latent_dim", "max_value", "net"}
 """Arguments of parts that come from the data and from flags of their own."""
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ import torch
 from pyrovae import data, guides, likelihoods, nets, objectives, plotting, priors
 from pyrovae._config import Config, class_path, find_class, from_config, parameters
 from pyrovae.data import DataSet, Split
-from pyrovae.evidence import log_px
+from pyrovae.evidence import latents, log_px
+from pyrovae.hierarchical import HierarchicalVAE, LadderVAE
 from pyrovae.objectives import Objective
 from pyrovae.options import Options
+from pyrovae.program import Refused
 from pyrovae.runs import Run, model_config, save
 from pyrovae.training import NonFiniteLoss, check_data, fit
 from pyrovae.vae import VAE
@@ -34,6 +37,9 @@ SECTIONS = {
     "num_particles": "Result",
 }
 """Where the help of the command begins a new group of flags."""
+
+INFERENCE = {"bottom-up": HierarchicalVAE, "top-down": LadderVAE}
+"""Orders in which a guide goes through layers of latents."""
 
 OF_THE_FOLDER = ("out", "resume", "overwrite")
 
@@ -55,9 +61,11 @@ class Settings:
         data: digits, mnist, fashion-mnist, binarized-mnist, omniglot, frey-faces; or your own: a
             .npy, .npz, .pt or .csv file, or a folder of images.
         data_root: Folder with the files of the named sets; default: $PYROVAE_DATA.
-        kind: How values are read: binary, grey, real or counts; default: detected.
+        kind: How values are read: binary, grey, levels, real or counts; default: as the likelihood
+            named wants grey pixels, else detected.
         binarize: Grey pixels to zeros and ones: dynamic (drawn afresh in training), fixed (drawn
-            once) or none; default: dynamic for the named sets of digits and characters, else none.
+            once) or none; default: none where the likelihood named wants grey or real values, else
+            dynamic for the named sets of digits and characters, none for others.
         dequantize: Add uniform noise to grey levels; default: where they are not binarized.
         standardize: Scale real data to mean 0 and variance 1; default: yes.
         missing: NaN, or an empty cell, marks a missing entry.
@@ -65,8 +73,12 @@ class Settings:
         prior: p(z).
         likelihood: p(x|z); default: Bernoulli for binary data, and so on by the kind of data.
         guide: q(z|x).
-        net: Network of likelihood and guide; --guide.net and --likelihood.net give one its own.
-        latent_dim: Number of latents.
+        net: Network of likelihood and guide; --guide.net and --likelihood.net give one its own. One
+            for images has the default in its place between layers of latents.
+        latent_dim: Number of latents; several, such as 100,50, make as many layers, the first next
+            to the data, each with guide and net of its own.
+        inference: Order in which the guide goes through several layers: bottom-up, or top-down as
+            in ladder VAEs, which want --net.batch-norm and --kl-warmup; default: bottom-up.
         objective: What is maximised.
         epochs: Passes over the training data.
         batch_size: Data in a batch.
@@ -99,7 +111,8 @@ class Settings:
     likelihood: Config | None = None
     guide: Config | str = guides.DEFAULT.__name__
     net: Config | str = nets.DEFAULT.__name__
-    latent_dim: int = 50
+    latent_dim: int | Sequence[int] = 50
+    inference: str | None = None
     objective: Config | str = objectives.DEFAULT.__name__
     epochs: int = 200
     batch_size: int = 128
@@ -119,7 +132,8 @@ class Settings:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("latent_dim", "seeds", "num_particles"):
+        self._check_layers()
+        for name in ("seeds", "num_particles"):
             if getattr(self, name) < 1:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} must be at least 1, got {getattr(self, name)}")
@@ -129,6 +143,23 @@ class Settings:
                 raise ValueError(f"--{flag} must be a number from 0 on, got {getattr(self, name)}")
         if not self.data:
             raise ValueError("--data must be a name, a file or a folder, got nothing")
+
+    @property
+    def latent_dims(self) -> tuple[int, ...]:
+        """Number of latents of each layer, from the data up."""
+        return (self.latent_dim,) if isinstance(self.latent_dim, int) else tuple(self.latent_dim)
+
+    def _check_layers(self) -> None:
+        if min(self.latent_dims, default=0) < 1:
+            raise ValueError(f"--latent-dim must be at least 1, got {self.latent_dim}")
+        if self.inference not in (None, *INFERENCE):
+            known = " or ".join(INFERENCE)
+            raise ValueError(f"--inference must be {known}, got {self.inference!r}")
+        if self.inference and len(self.latent_dims) < 2:
+            raise ValueError(
+                "--inference is for several layers of latents: give the number in each, such as "
+                "--latent-dim 100,50"
+            )
 
     def plain(self) -> dict[str, Any]:
         """As a run keeps them: without its folder, and with paths that hold from everywhere."""
@@ -191,6 +222,8 @@ def load_data(settings: Settings) -> DataSet:
     """The data set that the settings name."""
     names = ("kind", "binarize", "dequantize", "standardize", "missing")
     how: dict[str, Any] = {name: getattr(settings, name) for name in names}
+    for name, value in _reading(settings.likelihood).items():
+        how[name] = value if how[name] is None else how[name]
     return data.load(settings.data, settings.data_root, seed=settings.data_seed, **how)
 
 
@@ -202,20 +235,53 @@ def build(settings: Settings, dataset: DataSet) -> tuple[VAE, Objective]:
     """
     given = {
         "shape": list(dataset.shape),
-        "latent_dim": settings.latent_dim,
+        "latent_dim": settings.latent_dims[0],
+        "max_value": int(dataset.preprocess.max_value),
         "net": settings.net,
     }
     torch.manual_seed(settings.seed)
     likelihood = settings.likelihood or _default_likelihood(dataset.kind)
-    vae = VAE(
-        _made(settings.prior, given),
-        _made(likelihood, given),
-        _made(settings.guide, given),
-        missing=settings.missing,
-    )
+    if len(settings.latent_dims) > 1:
+        vae: VAE = _hierarchy(settings, likelihood, given)
+    else:
+        vae = VAE(
+            _made(settings.prior, given),
+            _made(likelihood, given),
+            _made(settings.guide, given),
+            missing=settings.missing,
+        )
     for split in (dataset.train, dataset.valid, dataset.test):
         check_data(vae.model, vae.guide, split)
     return vae, from_config(settings.objective)
+
+
+def _hierarchy(settings: Settings, likelihood: Config, given: dict[str, Any]) -> VAE:
+    """The VAE with several layers that the settings describe."""
+    kind, dims = INFERENCE[settings.inference or "bottom-up"], settings.latent_dims
+    inner = {"net": _for_vectors(settings.net)}
+    first: Any = settings.guide
+    own = {name: _for_vectors(value) for name, value in first["init_args"].items()}
+    layers = [_made(first, given)]
+    for dim in dims[1:]:
+        shape = list(kind.shape_above(layers[-1]))
+        layers.append(
+            _made(first | {"init_args": own}, inner | {"shape": shape, "latent_dim": dim})
+        )
+    conditional = {"class_path": class_path(guides.DEFAULT), "init_args": {}}
+    conditionals = [
+        _made(conditional, inner | {"shape": [above], "latent_dim": dim})
+        for dim, above in pairwise(dims)
+    ]
+    top = inner | {"shape": list(layers[-1].shape), "latent_dim": dims[-1]}
+    prior = _made(settings.prior, top)
+    return kind(prior, conditionals, _made(likelihood, given), layers, missing=settings.missing)
+
+
+def _for_vectors(value: Any) -> Any:
+    """An argument of a part, or the default net in place of one for images."""
+    if isinstance(value, dict) and getattr(find_class(value["class_path"]), "images_only", False):
+        return {"class_path": class_path(nets.DEFAULT), "init_args": {}}
+    return value
 
 
 def options(settings: Settings) -> Options:
@@ -242,6 +308,14 @@ def _made(config: Any, given: dict[str, Any]) -> Any:
     takes = parameters(find_class(config["class_path"]))
     own = {name: value for name, value in given.items() if name in takes}
     return from_config(config | {"init_args": own | config["init_args"]})
+
+
+def _reading(likelihood: Config | None) -> dict[str, str]:
+    """How grey data are read for the likelihood that is named, by the kind of data it takes."""
+    kind = getattr(find_class(likelihood["class_path"]), "kind", None) if likelihood else None
+    if kind == "levels":
+        return {"kind": "levels"}
+    return {"binarize": "none"} if kind in ("grey", "real") else {}
 
 
 def _default_likelihood(kind: str) -> Config:
@@ -304,11 +378,7 @@ def _train_one(settings: Settings, dataset: DataSet, run: Run) -> None:
     history = _fit(settings, run, vae, objective, dataset)
     save(vae, run.path)
     trained = time.perf_counter() - start
-    result = log_px(
-        vae.model, vae.guide, dataset.test, settings.num_particles, seed=0,
-        progress=sys.stderr.isatty(),
-    )  # fmt: skip
-    run.add_log_px(result)
+    told = _score(settings, run, vae, dataset.test)
     draw(run, vae, dataset.test)
     run.summarize(
         epochs=len(history),
@@ -317,8 +387,28 @@ def _train_one(settings: Settings, dataset: DataSet, run: Run) -> None:
         seconds=time.perf_counter() - start,
         peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     )
-    print(wrapped(str(result)))
+    print("\n".join(map(wrapped, told)))
     print(f"Run in {run.path}, figures in {run.path / 'figures'}")
+
+
+def _score(settings: Settings, run: Run, vae: VAE, test: Split) -> list[str]:
+    """Write log p(x) of the test data, and what the latents carry: a paragraph on each."""
+    told, progress = [], sys.stderr.isatty()
+    try:
+        found = log_px(
+            vae.model, vae.guide, test, settings.num_particles, seed=0, progress=progress
+        )
+        run.add_log_px(found)
+        told.append(str(found))
+    except Refused as error:
+        told.append(f"log p(x) is not estimated: {error}.")
+    try:
+        carried = latents(vae.model, vae.guide, test, seed=0, progress=progress)
+        run.add_latents(carried)
+        told.append(str(carried))
+    except Refused as error:
+        told.append(f"What the latents carry is not known: {error}.")
+    return told
 
 
 def _fit(
@@ -356,6 +446,10 @@ def _fit(
 
 
 def _report_seeds(run: Run, runs: Sequence[Run]) -> None:
+    if not all((one.path / "log_px.json").exists() for one in runs):
+        run.summarize(runs=len(runs))
+        print(f"Runs in {run.path}")
+        return
     found = [json.loads((one.path / "log_px.json").read_text()) for one in runs]
     means = torch.tensor([result["mean"] for result in found], dtype=torch.float64)
     mean, std = float(means.mean()), float(means.std())
@@ -381,12 +475,14 @@ def _report_seeds(run: Run, runs: Sequence[Run]) -> None:
 def _introduction(dataset: DataSet, vae: VAE) -> str:
     sizes = " / ".join(f"{len(s):,}" for s in (dataset.train, dataset.valid, dataset.test))
     weights = sum(p.numel() for p in vae.parameters())
-    parts = (vae.prior, vae.likelihood, vae.encoder)
+    encoder = vae.encoders[0] if isinstance(vae, HierarchicalVAE) else vae.encoder
+    parts = (vae.prior, vae.likelihood, encoder)
     prior, likelihood, guide = (type(part).__name__ for part in parts)
+    latents = " + ".join(map(str, vae.latent_dims))
     return (
         f"{dataset.name}: {sizes} train / valid / test, {dataset.preprocess.describe()}. "
-        f"VAE with {vae.prior.latent_dim} latents: prior {prior}, likelihood {likelihood}, guide "
-        f"{guide}; {weights:,} weights."
+        f"{type(vae).__name__} with {latents} latents: prior {prior}, likelihood {likelihood}, "
+        f"guide {guide}; {weights:,} weights."
     )
 
 

@@ -28,7 +28,7 @@ from pyrovae._train import (
 )
 from pyrovae.checkpoint import replacing
 from pyrovae.data import Preprocess, Split
-from pyrovae.evidence import log_px
+from pyrovae.evidence import latents, log_px
 from pyrovae.options import Options
 from pyrovae.runs import Run, load
 from pyrovae.training import NonFiniteLoss, check_data
@@ -44,9 +44,11 @@ def log_px_command(
     seed: int = 0,
     accelerator: str = "auto",
 ) -> None:
-    """Estimate log p(x) of a run's test data, or of a file.
+    """Estimate log p(x) of a run's test data, or of a file, and what the latents carry.
 
-    Prints the estimate with its errors, and writes it to the run's folder with a row per datum.
+    Prints the estimate with its errors, then rate and distortion, how many latents are active and
+    how much they share with the data. Writes both to the run's folder, with a row per datum and a
+    row per latent.
 
     Args:
         run: Folder of the run.
@@ -63,10 +65,14 @@ def log_px_command(
     Options(accelerator=accelerator).fabric().to_device(vae)
     how: dict[str, Any] = {"method": method, "seed": seed, "progress": sys.stderr.isatty()}
     result = log_px(vae.model, vae.guide, split, num_particles, **how)
-    name = "log_px" if data is None else f"log_px-{Path(data).stem}"
-    folder.add_log_px(result, name)
+    carried = latents(vae.model, vae.guide, split, seed=seed, progress=how["progress"])
+    suffix = "" if data is None else f"-{Path(data).stem}"
+    folder.add_log_px(result, f"log_px{suffix}")
+    folder.add_latents(carried, f"latents{suffix}")
     print(wrapped(str(result)))
-    print(f"Per datum: {folder.path / name}.csv")
+    print(wrapped(str(carried)))
+    print(f"Per datum: {folder.path / 'log_px'}{suffix}.csv")
+    print(f"Per latent: {folder.path / 'latents'}{suffix}.csv")
 
 
 def encode_command(
@@ -75,6 +81,7 @@ def encode_command(
     """Write mean and standard deviation of q(z|x) for a run's test data, or for a file.
 
     The .npz file holds loc and scale, both of shape (N, latent_dim), and labels y if there are any.
+    Of several layers of latents it is the one next to the data that is written.
 
     Args:
         run: Folder of the run.
@@ -110,7 +117,7 @@ def sample_command(run: str, num_samples: int = 64, out: str | None = None, seed
     file = _writable(out or folder.path / "samples.npz")
     torch.manual_seed(seed)
     with torch.no_grad():
-        px = vae.eval().likelihood(vae.prior().sample((num_samples,)))
+        px = vae.eval().likelihood(vae.sample_latent(num_samples))
         drawn = {"x": px.sample(), "mean": px.mean}
     preprocess = folder.config.get("preprocess")
     _save_arrays(file, {name: _in_own_units(preprocess, x) for name, x in drawn.items()})

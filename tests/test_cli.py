@@ -138,7 +138,7 @@ def test_a_run_is_all_there(pv: Callable[..., Ran]) -> None:
     figures |= {"samples", "training_curves"}
     assert names == {
         *("config.json", "weights.safetensors", "training.safetensors", "summary.json"),
-        *("metrics.csv", "log_px.csv", "log_px.json"),
+        *("metrics.csv", "log_px.csv", "log_px.json", "latents.csv", "latents.json"),
         *(f"figures/{name}.png" for name in figures),
     }
     rows = Run("run").metrics()
@@ -376,7 +376,7 @@ def _refused(ran: Ran, message: str) -> None:
         ("--guide.net", "--guide.net needs a name"),
         (
             "--likelihood Normal --likelihood.scale big",
-            "a number or learned or per-pixel, got 'big'",
+            "a number or learned or per-pixel or amortized or optimal, got 'big'",
         ),
         ("--likelihood Normal --likelihood.scale -1", "scale must be positive and finite"),
         ("--likelihood Normal --likelihood.scal 1", "Normal takes --likelihood.scale"),
@@ -545,7 +545,7 @@ def test_help_of_one_part(pv: Callable[..., Ran]) -> None:
     code, out, _ = pv("train", "--likelihood.help", "Normal")
     assert code == 0
     assert out.startswith("  Normal: ")
-    assert "--likelihood.scale (a number or learned or per-pixel)" in out
+    assert "--likelihood.scale (a number or learned or per-pixel or amortized or optimal)" in out
     assert "Conv: " in pv("train", "--guide.net.help")[1]
     assert "Degrees of freedom" in pv("train", "--likelihood.help=own_parts.Student")[1]
 

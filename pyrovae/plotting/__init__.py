@@ -162,9 +162,9 @@ def manifold(vae: VAE, size: int = 15) -> Figure:
     """
     if size < 2:
         raise ValueError(f"size must be at least 2, got {size}")
-    latents = vae.prior().event_shape
-    if tuple(latents) != (2,):
-        raise ValueError(f"a manifold needs 2 latents, the model has {latents.numel()}")
+    if vae.latent_dims != (2,):
+        found = " + ".join(map(str, vae.latent_dims))
+        raise ValueError(f"a manifold needs 2 latents, the model has {found}")
     z = torch.distributions.Normal(0.0, 1.0).icdf(torch.linspace(0.025, 0.975, size))
     grid = torch.cartesian_prod(z.flip(0), z).flip(-1)
     images = vae.decode(grid.to(next(vae.parameters())))
@@ -308,7 +308,7 @@ def figures(
         "latent_space": latent_space(vae, x, y),
     }
     if is_image(x.shape[1:]):
-        if tuple(vae.prior().event_shape) == (2,):
+        if vae.latent_dims == (2,):
             made["manifold"] = manifold(vae)
         if len(x) > 1:
             start, end = some_rows(x, 2 * min(6, len(x) // 2)).chunk(2)
