@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyrovae import compiled, guides
 from pyrovae._flows import Flowed, zuko
-from pyrovae.guides.flows import _reflections
+from pyrovae.guides.flows import _Reflections
 from pyrovae.guides.mixture import ReparameterizedMixture
 
 DIM = 4
@@ -170,7 +170,9 @@ def test_the_product_of_reflections_is_one_formula() -> None:
     for i in range(4):
         column = v[..., i : i + 1]
         product = product @ (torch.eye(5) - 2 * column @ column.mT)
-    torch.testing.assert_close(_reflections(v), product.expand(3, 5, 5))
+    found = _Reflections.along(v)
+    torch.testing.assert_close(found @ torch.eye(5), product.expand(3, 5, 5))
+    torch.testing.assert_close(found.mT @ torch.eye(5), product.mT.expand(3, 5, 5))
 
 
 def test_orthogonal_columns_are_orthonormal_and_turn_smoothly() -> None:

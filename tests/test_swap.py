@@ -117,7 +117,7 @@ def trained(row: tuple[str, ...]) -> tuple[pyrovae.VAE, Tensor, list[str]]:
     vae = build(*parts_of_it, depth)
     x = draws_of(vae, 24)
     start = {name: param.detach().clone() for name, param in vae.named_parameters()}
-    fitted = {"epochs": 1, "batch_size": 6, "lr": 0.01, "progress": False, "compile": False}
+    fitted = {"epochs": 1, "batch_size": 6, "lr": 0.003, "progress": False, "compile": False}
     pyrovae.fit(vae, x, objective=OBJECTIVES[objective](), **fitted)
     return vae, x, [n for n, param in vae.named_parameters() if torch.equal(param, start[n])]
 

@@ -7,6 +7,7 @@ whose inverses are not: these guides score their own draws alone.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pyro.distributions as dist
 import torch
@@ -151,7 +152,7 @@ class OrthogonalSylvester(_AmortizedFlow):
         columns = raw + torch.eye(*raw.shape[-2:], dtype=raw.dtype, device=raw.device)
         q, r = torch.linalg.qr(columns)
         q = q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)  # LAPACK's signs jump
-        return _sylvester(q, rest)
+        return _sylvester(q.unbind(-3), rest)
 
 
 class HouseholderSylvester(_AmortizedFlow):
@@ -200,7 +201,8 @@ class HouseholderSylvester(_AmortizedFlow):
         # Directions near those of the axes: never zero, which points nowhere.
         identity = torch.eye(raw.shape[-2], dtype=raw.dtype, device=raw.device)
         axes = identity[:, torch.arange(self.num_reflections, device=raw.device) % len(identity)]
-        return _sylvester(_reflections(normalize(raw + axes, dim=-2)), rest)
+        columns = normalize(raw + axes, dim=-2).unbind(-3)
+        return _sylvester([_Reflections.along(v) for v in columns], rest)
 
 
 class _Map(Transform):
@@ -239,7 +241,14 @@ class _Planar(_Map):
 class _Sylvester(_Map):
     """Adds Q R_1 tanh(R_2 Q'x + b); the triangles are those of one matrix, without its diagonal."""
 
-    def __init__(self, q: Tensor, matrix: Tensor, first: Tensor, second: Tensor, bias: Tensor):
+    def __init__(
+        self,
+        q: Tensor | _Reflections,
+        matrix: Tensor,
+        first: Tensor,
+        second: Tensor,
+        bias: Tensor,
+    ):
         super().__init__()
         self.q, self.bias = q, bias
         self.r1, self.r2 = (matrix.triu(1), first), (matrix.tril(-1).mT, second)
@@ -250,30 +259,45 @@ class _Sylvester(_Map):
         return x + _times(self.q, _triangular(*self.r1, h)), log_det
 
 
+class _Reflections:
+    """The matrix I - v w, which is never written out."""
+
+    def __init__(self, v: Tensor, w: Tensor):
+        self.v, self.w, self.shape = v, w, (v.shape[-2], v.shape[-2])
+
+    @classmethod
+    def along(cls, v: Tensor) -> _Reflections:
+        """The product of the reflections along unit columns v, `(*, D, H)`."""
+        half = 0.5 * torch.eye(v.shape[-1], dtype=v.dtype, device=v.device)
+        triangle = (v.mT @ v).triu(1) + half
+        return cls(v, torch.linalg.solve_triangular(triangle, v.mT, upper=True))
+
+    @property
+    def mT(self) -> _Reflections:
+        """Its transpose."""
+        return _Reflections(self.w.mT, self.v.mT)
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        return x - self.v @ (self.w @ x)
+
+
 def _triangles(size: int) -> int:
     """Numbers in two triangles and a bias."""
     return size**2 + 2 * size
 
 
-def _reflections(v: Tensor) -> Tensor:
-    """The product of the reflections along unit columns v, `(*, D, H)`, in one formula."""
-    triangle = (v.mT @ v).triu(1) + 0.5 * torch.eye(v.shape[-1], dtype=v.dtype, device=v.device)
-    product = v @ torch.linalg.solve_triangular(triangle, v.mT, upper=True)
-    return torch.eye(v.shape[-2], dtype=v.dtype, device=v.device) - product
-
-
-def _sylvester(q: Tensor, params: Tensor) -> list[Transform]:
-    """Steps with these Q, `(*, steps, D, M)`, and triangles and biases from the parameters.
+def _sylvester(q: Sequence[Tensor | _Reflections], params: Tensor) -> list[Transform]:
+    """Steps with these Q, each `(*, D, M)`, and triangles and biases from the parameters.
 
     Both diagonals are kept between -1 and 1, so that their product stays above -1.
     """
-    size = q.shape[-1]
+    size = q[0].shape[-1]
     entries, second, bias = params.split([size**2, size, size], dim=-1)
     matrix = entries.unflatten(-1, (size, size))
     first, second = (
         math.sqrt(LIMIT) * torch.tanh(raw) for raw in (matrix.diagonal(dim1=-2, dim2=-1), second)
     )
-    parts = (q.unbind(-3), matrix.unbind(-3), first.unbind(-2), second.unbind(-2), bias.unbind(-2))
+    parts = (q, matrix.unbind(-3), first.unbind(-2), second.unbind(-2), bias.unbind(-2))
     return [_Sylvester(*step) for step in zip(*parts, strict=True)]
 
 
@@ -281,5 +305,5 @@ def _triangular(triangle: Tensor, diagonal: Tensor, v: Tensor) -> Tensor:
     return _times(triangle, v) + diagonal * v
 
 
-def _times(matrix: Tensor, v: Tensor) -> Tensor:
+def _times(matrix: Tensor | _Reflections, v: Tensor) -> Tensor:
     return (matrix @ v.unsqueeze(-1)).squeeze(-1)
