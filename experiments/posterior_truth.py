@@ -32,7 +32,7 @@ from pyrovae import guides, nets, priors
 from pyrovae.runs import made_by
 
 RESULTS = Path(__file__).parent / "results"
-GUIDES: dict[str, dict] = {
+ROWS: dict[str, dict] = {
     "Normal": {},
     "LowRankNormal": {"rank": 1},
     "FullRankNormal": {},
@@ -77,7 +77,7 @@ def train(name: str, x: Tensor, epochs: int) -> pyrovae.VAE:
     """A VAE with this guide, the guide trained."""
     torch.manual_seed(0)
     net = nets.MLP(hidden=(64, 64))
-    guide = getattr(guides, name)((2,), 2, net=net, **GUIDES[name])
+    guide = getattr(guides, name)((2,), 2, net=net, **ROWS[name])
     vae = pyrovae.VAE(priors.StandardNormal(2), Parabola(), guide)
     objective = pyrovae.objectives.ELBO(num_particles=4)
     pyrovae.fit(
@@ -132,7 +132,7 @@ def table(rows: dict[str, dict]) -> str:
 def main() -> None:
     """Train every guide and measure it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--guides", nargs="+", default=list(GUIDES), choices=list(GUIDES))
+    parser.add_argument("--guides", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
     parser.add_argument("--smoke", action="store_true", help="seconds, two guides")
     asked = parser.parse_args()
@@ -147,7 +147,7 @@ def main() -> None:
         seconds = time.perf_counter() - start
         kl, error = gap(vaes[name], x, exact, draws)
         rows[name] = {
-            "kl": kl, "std_error": error, "seconds": seconds, "settings": GUIDES[name],
+            "kl": kl, "std_error": error, "seconds": seconds, "settings": ROWS[name],
             "epochs": epochs, "num_particles": 2 * draws, "num_data": len(x), "seed": 0,
             "made_by": made_by(),
         }  # fmt: skip

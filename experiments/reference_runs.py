@@ -23,7 +23,7 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 FIGURES = ("reconstructions", "samples")
-RUNS = {
+ROWS = {
     "digits": "",
     "mnist": "--epochs 50",
     "binarized-mnist": "--epochs 50 --num-particles 1000",
@@ -36,7 +36,7 @@ SMOKE = "--epochs 2 --num-particles 10"
 
 def run(name: str, data_root: str | None, smoke: bool, results: Path) -> dict:
     """Run the command, as a user would; read its run folder, and keep its first figures."""
-    flags = ["--data", name, *(SMOKE if smoke else RUNS[name]).split()]
+    flags = ["--data", name, *(SMOKE if smoke else ROWS[name]).split()]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         root = ["--data-root", data_root] if data_root else []
@@ -69,7 +69,7 @@ def table(rows: dict[str, dict]) -> str:
         f"| {row['test_std_error']:.2f} | {row['bits_per_dim']:.3f} "
         f"| {row['khat_above_0.7'] / row['num_data']:.0%} | {row['train_seconds']:.0f} s "
         f"| {row['seconds']:.0f} s | {row['peak_memory_mb']:.0f} MB |"
-        for row in (rows[name] for name in RUNS if name in rows)
+        for row in (rows[name] for name in ROWS if name in rows)
     ]
     return "\n".join(lines)
 
@@ -77,7 +77,7 @@ def table(rows: dict[str, dict]) -> str:
 def main() -> None:
     """Run each data set asked for, and keep the rows of the others."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", nargs="+", default=list(RUNS), choices=list(RUNS))
+    parser.add_argument("--data", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--data-root", help="folder with the data sets' files")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
     parser.add_argument("--smoke", action="store_true", help="seconds, offline: the digits only")

@@ -52,6 +52,43 @@ class Broken(likelihoods.Normal):
         raise RuntimeError("not today")
 '''
 
+OWN_ROLES = """
+import pyro.distributions as dist
+import torch
+from pyrovae import guides, nets, objectives, priors
+
+class MyPrior(priors.Prior):
+    def __init__(self, latent_dim: int, width: float = 1.0):
+        super().__init__(latent_dim)
+        self.width = torch.nn.Parameter(torch.full((latent_dim,), width))
+
+    def forward(self):
+        return dist.Laplace(torch.zeros_like(self.width), self.width.exp()).to_event(1)
+
+class MyGuide(guides.Guide):
+    num_params = 1
+
+    def __init__(self, *args, width: float = 1.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.width = width
+
+    def distribution(self, params):
+        return dist.StudentT(5.0, params, self.width).to_event(1)
+
+class MyNet(nets.Net):
+    def __init__(self, width: float = 1.0):
+        self.width = width
+
+    def __call__(self, in_shape, out_shape):
+        body = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(self.width))
+        head = torch.nn.Linear(torch.Size(in_shape).numel(), torch.Size(out_shape).numel())
+        return nets.Network(in_shape, out_shape, body, head)
+
+class MyObjective(objectives.ELBO):
+    def __init__(self, width: float = 1.0):
+        super().__init__(beta=width)
+"""
+
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -78,6 +115,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "a,b\n" + "".join(f"{i / 7:.3f},{'' if i % 5 else i}\n" for i in range(40))
     )
     Path("own_parts.py").write_text(OWN)
+    Path("own_roles.py").write_text(OWN_ROLES)
     return tmp_path
 
 
@@ -86,7 +124,8 @@ def _modules_as_they_were() -> Any:
     before = list(sys.path)
     yield
     sys.path[:] = before
-    sys.modules.pop("own_parts", None)
+    for name in ("own_parts", "own_roles", "contributed"):
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture
@@ -248,6 +287,26 @@ def test_a_likelihood_of_ones_own(
     loaded: Any = pyrovae.load("run")
     assert type(loaded.likelihood).__name__ == name
     assert {key: getattr(loaded.likelihood, key) for key in expected} == expected
+
+
+def test_the_example_for_contributors_is_short_and_works(pv: Callable[..., Ran]) -> None:
+    text = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
+    (example,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert example.count("\n") < 20
+    Path("contributed.py").write_text(example)
+    own = ("--data", "real.npy", "--likelihood", "contributed.Gumbel")
+    code, out, err = pv("train", *FAST, *own, "--out", "run")
+    assert (code, err) == (0, "")
+    assert "likelihood Gumbel" in out
+    assert type(pyrovae.load("run").likelihood).__name__ == "Gumbel"
+
+
+@pytest.mark.parametrize("role", ["prior", "guide", "net", "objective"])
+def test_parts_of_ones_own_of_the_other_roles(pv: Callable[..., Ran], role: str) -> None:
+    own = (f"--{role}", f"own_roles.My{role.capitalize()}", f"--{role}.width", "0.5")
+    code, _, err = pv("train", *FAST[:-2], "--data", "binary.npy", *own, "--out", "run")
+    assert (code, err) == (0, "")
+    assert pv("log-px", "run", "--num-particles", 3)[0] == 0
 
 
 # Resuming -----------------------------------------------------------------------------------------

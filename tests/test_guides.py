@@ -282,7 +282,7 @@ def test_importing_zuko_leaves_validation_on() -> None:
 
 def mixture_of(params: Tensor, components: int = 3) -> ReparameterizedMixture:
     guide = guides.NormalMixture(IMAGE, DIM, NET, num_components=components)
-    guide.event_shape = ((params.shape[-1] // components - 1) // 2,)
+    guide.event_shape = ((params.shape[-1] - components) // (2 + 2 * components),)
     q: Any = guide.distribution(params)
     return q
 
@@ -304,7 +304,7 @@ def rosenblatt(q: ReparameterizedMixture, z: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dim", [1, 2, 5])
 def test_draws_of_a_mixture_stay_where_their_distribution_function_puts_them(dim: int) -> None:
-    params = torch.randn(6, 3 * (1 + 2 * dim))
+    params = torch.randn(6, 3 + 8 * dim)
 
     def place(params: Tensor) -> Tensor:
         torch.manual_seed(1)
@@ -327,7 +327,7 @@ def test_gradients_of_a_mixture_agree_with_quadrature(dim: int) -> None:
     def f(z: Tensor) -> Tensor:
         return torch.sin(z.sum(-1)) + z[..., 0] * z[..., -1]
 
-    params = torch.randn(3 * (1 + 2 * dim), requires_grad=True)
+    params = torch.randn(3 + 8 * dim, requires_grad=True)
     nodes, weights = map(torch.tensor, np.polynomial.hermite_e.hermegauss(40))
     grid = torch.cartesian_prod(*[nodes] * dim).reshape(-1, dim)
     weight = torch.cartesian_prod(*[weights] * dim).reshape(-1, dim).prod(-1)
@@ -345,9 +345,10 @@ def test_gradients_of_a_mixture_agree_with_quadrature(dim: int) -> None:
 
 
 def test_one_component_is_a_normal() -> None:
-    params = torch.randn(5, 1 + 2 * DIM, requires_grad=True)
+    params = torch.randn(5, 1 + 4 * DIM, requires_grad=True)
     z = mixture_of(params, components=1).rsample((3,))
-    normal = guides.Normal(IMAGE, DIM, NET).distribution(params[..., 1:])
+    shared, _, own = params.split([2 * DIM, 1, 2 * DIM], dim=-1)
+    normal = guides.Normal(IMAGE, DIM, NET).distribution(shared + own / DIM**0.5)
     noise = ((z - normal.mean) / normal.stddev).detach()
     same = normal.mean + normal.stddev * noise
     torch.testing.assert_close(z, same)
@@ -359,7 +360,8 @@ def test_one_component_is_a_normal() -> None:
 
 def test_mixtures_stay_finite_with_many_latents() -> None:
     """Fifty latents and components tens of nats apart, where products of densities underflow."""
-    params = (3 * torch.randn(200, 4 * 101)).float().requires_grad_()
+    size = torch.cat([torch.full((104,), 3.0), torch.full((400,), 20.0)])
+    params = (size * torch.randn(200, 504)).float().requires_grad_()
     q = mixture_of(params, components=4)
     z = q.rsample()
     (grad,) = torch.autograd.grad(q.log_prob(z).sum() + z.square().sum(), params)
@@ -370,7 +372,7 @@ def test_mixtures_stay_finite_with_many_latents() -> None:
 
 
 def test_moments_of_a_mixture() -> None:
-    q = mixture_of(torch.randn(2, 3 * 5))
+    q = mixture_of(torch.randn(2, 19))
     z = q.sample((200_000,))
     torch.testing.assert_close(q.mean, z.mean(0), rtol=0, atol=0.02)
     torch.testing.assert_close(q.variance, z.var(0), rtol=0.03, atol=0)

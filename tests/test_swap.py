@@ -209,7 +209,7 @@ def test_every_way_to_train(guide: str) -> None:
             where = (prior, objective, depth, name)
             assert grad is not None, where
             assert grad.isfinite().all(), where
-            assert grad.any(), where
+            assert grad.any() or "free bits" in objective, where  # below the floor nothing moves
         assert all(term.isfinite() for term in terms.values())
 
 

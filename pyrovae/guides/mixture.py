@@ -36,8 +36,9 @@ class NormalMixture(Guide):
     Args:
         shape: Shape of one datum, such as `(1, 28, 28)`.
         latent_dim: Number of latents, D.
-        net: Recipe of the encoder; `MLP()` if None. It puts out, for each of K components, a logit,
-            D means and D scales before softplus: `K * (1 + 2 * D)` numbers.
+        net: Recipe of the encoder; `MLP()` if None. It puts out D means and D scales before
+            softplus that the K components share, and for each of them a logit and by how much it
+            differs in each, times the root of D: `2 * D + K * (1 + 2 * D)` numbers.
         num_components: K, the number of components.
 
     References:
@@ -55,13 +56,17 @@ class NormalMixture(Guide):
         super().__init__(shape, latent_dim, net)
 
     def param_shape(self) -> tuple[int]:
-        """Logits, then each component's means and scales."""
-        return (self.num_components * (1 + 2 * self.event_shape[0]),)
+        """What components share, their logits, and how each differs."""
+        shared = 2 * self.event_shape[0]
+        return (shared + self.num_components * (1 + shared),)
 
     def distribution(self, params: Tensor) -> dist.TorchDistribution:
-        """Mixture with these logits, means and scales."""
-        logits, rest = params.tensor_split([self.num_components], dim=-1)
-        loc, raw_scale = rest.unflatten(-1, (self.num_components, -1)).chunk(2, dim=-1)
+        """Mixture of normals that differ from a shared one."""
+        (dim,), k = self.event_shape, self.num_components
+        shared, logits, own = params.split([2 * dim, k, 2 * dim * k], dim=-1)
+        # Divided, or components that a new network scatters over many latents would be noise.
+        each = shared.unsqueeze(-2) + own.unflatten(-1, (k, -1)) / dim**0.5
+        loc, raw_scale = each.chunk(2, dim=-1)
         return ReparameterizedMixture(
             dist.Categorical(logits=logits), diagonal_normal(loc, raw_scale, 1)
         )

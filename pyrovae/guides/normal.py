@@ -44,7 +44,8 @@ class LowRankNormal(Guide):
         shape: Shape of one datum, such as `(1, 28, 28)`.
         latent_dim: Number of latents.
         net: Recipe of the encoder; `MLP()` if None. It puts out mu, the scale sigma before
-            softplus, and W: `(2 + rank) * latent_dim` numbers.
+            softplus, and W before it is divided by
+            the root of its size: `(2 + rank) * latent_dim` numbers.
         rank: Columns of W, at most `latent_dim`; if None 8, or `latent_dim` where that is less.
 
     References:
@@ -72,7 +73,8 @@ class LowRankNormal(Guide):
         """Normal with this mean, scale and factor."""
         loc, raw_scale, *columns = params.chunk(2 + self.rank, dim=-1)
         variance = (softplus(raw_scale) + 1e-4).square()
-        return dist.LowRankMultivariateNormal(loc, torch.stack(columns, -1), variance)
+        factor = torch.stack(columns, -1) / (self.event_shape[0] * self.rank) ** 0.5
+        return dist.LowRankMultivariateNormal(loc, factor, variance)
 
 
 class FullRankNormal(Guide):
@@ -85,7 +87,8 @@ class FullRankNormal(Guide):
         shape: Shape of one datum, such as `(1, 28, 28)`.
         latent_dim: Number of latents, D.
         net: Recipe of the encoder; `MLP()` if None. It puts out mu and the D (D + 1) / 2 entries of
-            L row by row, the diagonal before softplus.
+            L row by row, the diagonal before softplus, the others before division by D, which
+            keeps their noise in training from drowning the latents.
 
     References:
         An Introduction to Variational Autoencoders, section 2.5.1 (Kingma & Welling, 2019),
@@ -103,7 +106,7 @@ class FullRankNormal(Guide):
         loc, entries = params.split([dim, params.shape[-1] - dim], dim=-1)
         raw = lower_triangular(entries, dim)
         scale = softplus(raw.diagonal(dim1=-2, dim2=-1)) + 1e-4
-        return dist.MultivariateNormal(loc, scale_tril=raw.tril(-1) + scale.diag_embed())
+        return dist.MultivariateNormal(loc, scale_tril=raw.tril(-1) / dim + scale.diag_embed())
 
 
 def lower_triangular(entries: Tensor, dim: int) -> Tensor:
