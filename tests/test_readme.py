@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PROGRAMS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 EXPERIMENTS = ROOT / "experiments"
-TABLES = ("reference_runs", "posterior_truth", "swap_guides")
+TABLES = ("reference_runs", "posterior_truth")
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,15 @@ def test_table_is_what_the_experiment_wrote(name, monkeypatch):
     rows = json.loads((EXPERIMENTS / "results" / f"{name}.json").read_text())
     assert set(rows) == set(module.ROWS)
     assert module.table(rows) in README
+
+
+def test_better_guides_come_closer_to_a_known_posterior():
+    rows = json.loads((EXPERIMENTS / "results" / "posterior_truth.json").read_text())
+    kl = {name: row["kl"] for name, row in rows.items()}
+    error = max(row["std_error"] for row in rows.values())
+    assert kl["Normal"] > kl["FullRankNormal"] + 5 * error
+    flows = set(kl) - {"Normal", "LowRankNormal", "FullRankNormal"}
+    assert all(kl[name] < kl["FullRankNormal"] - 5 * error for name in flows)
 
 
 def test_figures_exist():

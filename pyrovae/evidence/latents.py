@@ -36,8 +36,11 @@ ACTIVE = 0.01
 PAIRED = 1000
 """Data, at most, whose codes are scored under each other's posterior."""
 
-WORK = 1e8
+WORK = 6.25e6
 """Numbers, about, that scoring the pairs may take where latents depend on each other."""
+
+NUMBERS = 40_000
+"""Latents, about, scored at once: a spline makes hundreds of numbers of each."""
 
 NEAR = 1.0
 """So many nats below its ceiling mutual information is no longer to be told from it."""
@@ -429,7 +432,7 @@ def _pairs(guide: PyroFunction, args: Args, drawn: Draw) -> Tensor:
     if len(drawn.scores) == 1:
         (score,) = drawn.scores.values()
         if score.mask is None and score.fn.batch_shape == (count,):
-            step = max(1, 4_000_000 // (count * score.value[0].numel()))
+            step = max(1, NUMBERS // (count * score.value[0].numel()))
             parts = score.value.split(step)
             return torch.cat([score.fn.log_prob(part.unsqueeze(1)) for part in parts])
     step = max(1, ROWS // count)
