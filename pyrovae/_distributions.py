@@ -14,15 +14,20 @@ from torch.distributions.utils import broadcast_all
 from torch.nn.functional import logsigmoid, softplus
 
 
+def positive(raw: Tensor) -> Tensor:
+    """A scale of any real number, by softplus, kept above 1e-4."""
+    return softplus(raw) + 1e-4
+
+
 def diagonal_normal(loc: Tensor, raw_scale: Tensor, event_dim: int) -> dist.TorchDistribution:
     """Normal with diagonal covariance over the last `event_dim` dimensions.
 
     Args:
         loc: Mean.
-        raw_scale: Standard deviation before softplus, which keeps it above 1e-4.
+        raw_scale: What `positive` makes the standard deviation of.
         event_dim: How many dimensions one draw has.
     """
-    return dist.Normal(loc, softplus(raw_scale) + 1e-4).to_event(event_dim)
+    return dist.Normal(loc, positive(raw_scale)).to_event(event_dim)
 
 
 def softplus_inverse(y: Tensor) -> Tensor:

@@ -338,12 +338,12 @@ def _log_prior(scores: dict[str, Score], drawn: Draw) -> Tensor:
 def _site(q: Score, p: Score, num_particles: int, pointlike: bool) -> _Site:
     kl = (q.log_prob - p.log_prob).reshape(num_particles, -1).mean(0)
     means = _means(q, num_particles)
-    entries = [_entries(q), _entries(p)]
-    if pointlike or None in entries:
+    q_entry, p_entry = program.entries(q), program.entries(p)
+    if pointlike or q_entry is None or p_entry is None:
         each = torch.full_like(means[0], math.nan)
     else:
-        log_q, log_p = (entry.log_prob(q.value) for entry in entries if entry is not None)
-        each = _flat(log_q - log_p, q, num_particles).mean(0)
+        log_ratio = q_entry.log_prob(q.value) - p_entry.log_prob(q.value)
+        each = _flat(log_ratio, q, num_particles).mean(0)
     return _Site((kl * math.nan if pointlike else kl).double(), each.double(), means.double())
 
 
@@ -391,12 +391,6 @@ NORMAL = (
     torch.distributions.LowRankMultivariateNormal,
     dist.Delta,
 )
-
-
-def _entries(score: Score) -> Any:
-    """The distribution of each latent, if they are independent; None if not."""
-    base = _base(score.fn)
-    return None if base.event_shape or score.mask is not None else base
 
 
 def _base(fn: Any) -> Any:

@@ -18,9 +18,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from torch.distributions import AffineTransform, Transform
-from torch.nn.functional import softplus
 
 from pyrovae._config import shape_of
+from pyrovae._distributions import positive
 from pyrovae._flows import Flowed, zuko
 from pyrovae.guides.base import Guide
 from pyrovae.nets import Net
@@ -81,7 +81,7 @@ class _Autoregressive(Guide):
         (dim,) = self.event_shape
         loc, raw_scale, context = params.split([dim, dim, self.context_dim], dim=-1)
         steps = [step(context) for step in self.steps]
-        scaled = AffineTransform(loc, softplus(raw_scale) + 1e-4, event_dim=1)
+        scaled = AffineTransform(loc, positive(raw_scale), event_dim=1)
         noise = dist.Normal(torch.zeros_like(loc), torch.ones_like(loc)).to_event(1)
         return Flowed(noise, zuko.transforms.ComposedTransform(*steps, scaled))
 

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent, LowRankMultivariateNormal, MultivariateNormal
 from torch.distributions.kl import register_kl
-from torch.nn.functional import softplus
 
 from pyrovae._config import shape_of
-from pyrovae._distributions import diagonal_normal
+from pyrovae._distributions import diagonal_normal, positive
 from pyrovae.guides.base import Guide
 from pyrovae.nets import Net
 
@@ -44,8 +43,8 @@ class LowRankNormal(Guide):
         shape: Shape of one datum, such as `(1, 28, 28)`.
         latent_dim: Number of latents.
         net: Recipe of the encoder; `MLP()` if None. It puts out mu, the scale sigma before
-            softplus, and W before it is divided by
-            the root of its size: `(2 + rank) * latent_dim` numbers.
+            softplus, and W before it is divided by the root of its size:
+            `(2 + rank) * latent_dim` numbers.
         rank: Columns of W, at most `latent_dim`; if None 8, or `latent_dim` where that is less.
 
     References:
@@ -72,7 +71,7 @@ class LowRankNormal(Guide):
     def distribution(self, params: Tensor) -> dist.TorchDistribution:
         """Normal with this mean, scale and factor."""
         loc, raw_scale, *columns = params.chunk(2 + self.rank, dim=-1)
-        variance = (softplus(raw_scale) + 1e-4).square()
+        variance = positive(raw_scale).square()
         factor = torch.stack(columns, -1) / (self.event_shape[0] * self.rank) ** 0.5
         return dist.LowRankMultivariateNormal(loc, factor, variance)
 
@@ -105,7 +104,7 @@ class FullRankNormal(Guide):
         (dim,) = self.event_shape
         loc, entries = params.split([dim, params.shape[-1] - dim], dim=-1)
         raw = lower_triangular(entries, dim)
-        scale = softplus(raw.diagonal(dim1=-2, dim2=-1)) + 1e-4
+        scale = positive(raw.diagonal(dim1=-2, dim2=-1))
         return dist.MultivariateNormal(loc, scale_tril=raw.tril(-1) / dim + scale.diag_embed())
 
 

@@ -44,10 +44,8 @@ class Likelihood(Conditional):
     def initialize(self, x: Tensor) -> None:
         """Start a new network's output at the moments of data `x`, `(n, *shape)`, NaN left out."""
         if self._is_new():
-            mean = x.nanmean(0).nan_to_num()
-            variance = (x - mean).square().nanmean(0).nan_to_num()
             bias: Any = self.net.bias
-            for part, start in zip(self.split(bias), self.link(mean, variance), strict=False):
+            for part, start in zip(self.split(bias), self.link(*moments(x)), strict=False):
                 part.copy_(start)
 
     def _is_new(self) -> bool:
@@ -57,3 +55,9 @@ class Likelihood(Conditional):
 
     def _independent(self, base: dist.TorchDistribution) -> dist.TorchDistribution:
         return base.to_event(len(self.shape))
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each entry of data `(n, *shape)`, NaN left out, 0 where nothing is."""
+    mean = x.nanmean(0).nan_to_num()
+    return mean, (x - mean).square().nanmean(0).nan_to_num()

@@ -11,7 +11,7 @@ from torch.distributions import constraints
 
 from pyrovae._distributions import NegativeBinomial as _NegativeBinomial
 from pyrovae._distributions import ZeroInflated
-from pyrovae.likelihoods.base import Likelihood
+from pyrovae.likelihoods.base import Likelihood, moments
 from pyrovae.nets import Net
 
 
@@ -62,8 +62,8 @@ class NegativeBinomial(Likelihood):
     def initialize(self, x: Tensor) -> None:
         """Start a new network at the data's mean, and theta at the data's spread."""
         if self._is_new():
-            mean = x.nanmean(0).nan_to_num()
-            excess = ((x - mean).square().nanmean(0) - mean).nan_to_num().clamp(min=1e-6)
+            mean, variance = moments(x)
+            excess = (variance - mean).clamp(min=1e-6)
             self.log_theta.copy_((mean.square() / excess).clamp(0.1, 100).log())
         super().initialize(x)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from pyrovae._distributions import OptimalNormal, diagonal_normal, softplus_inverse
+from pyrovae._distributions import OptimalNormal, diagonal_normal, positive, softplus_inverse
 from pyrovae.likelihoods.base import Likelihood
 from pyrovae.nets import Net
 
@@ -119,7 +119,7 @@ class Laplace(Likelihood):
     def distribution(self, params: Tensor) -> dist.TorchDistribution:
         """Laplace with this location and raw scale."""
         loc, raw = self.split(params)
-        return self._independent(dist.Laplace(loc, softplus(raw) + 1e-4))
+        return self._independent(dist.Laplace(loc, positive(raw)))
 
 
 class StudentT(Likelihood):
@@ -173,4 +173,4 @@ class StudentT(Likelihood):
     def distribution(self, params: Tensor) -> dist.TorchDistribution:
         """Student's t with this location and raw scale."""
         loc, raw = self.split(params)
-        return self._independent(dist.StudentT(self.df, loc, softplus(raw) + 1e-4))
+        return self._independent(dist.StudentT(self.df, loc, positive(raw)))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
-from torch.distributions import Distribution, Independent, kl_divergence
+from torch.distributions import kl_divergence
 
 from pyrovae import program
 from pyrovae.objectives.base import Densities, Objective
@@ -115,7 +115,7 @@ class ELBO(Objective):
 
     def _floored(self, name: str, q: Score, p: Score, kl: list[tuple[Tensor, Any]]) -> Tensor:
         """The KL at a site, each dimension's mean over rows held above the floor, for all rows."""
-        q_entry, p_entry = _entries(q), _entries(p)
+        q_entry, p_entry = program.entries(q), program.entries(p)
         if q_entry is None or p_entry is None:
             self._say(name, "has one floor for all its dimensions: they do not factorise")
             each = sum((term for term, _ in kl), torch.zeros(()))
@@ -156,13 +156,3 @@ def _weighted(terms: Iterable[tuple[Tensor, Any]]) -> Any:
 def _same(a: Any, b: Any) -> bool:
     """Whether two scales or masks are known to agree; tensors in a graph cannot be compared."""
     return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b)
-
-
-def _entries(score: Score) -> Distribution | None:
-    """The distribution of each dimension, if they are independent and none is left out."""
-    fn, rows = score.fn, score.log_prob.shape
-    if score.mask is not None or fn.batch_shape != rows:
-        return None
-    while isinstance(fn, Independent):
-        fn = fn.base_dist
-    return None if fn.event_shape else fn

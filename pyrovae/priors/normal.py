@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrovae._config import shape_of
-from pyrovae._distributions import diagonal_normal
+from pyrovae._distributions import diagonal_normal, softplus_inverse
 from pyrovae._mixture import Mixture
 from pyrovae.priors.base import Prior
 
@@ -50,7 +50,7 @@ class Normal(Prior):
     def __init__(self, latent_dim: int):
         super().__init__(latent_dim)
         self.loc = nn.Parameter(torch.zeros(latent_dim))
-        self.raw_scale = nn.Parameter(torch.full((latent_dim,), raw_scale(1.0)))
+        self.raw_scale = nn.Parameter(_raw(torch.ones(latent_dim)))
 
     def forward(self) -> dist.TorchDistribution:
         """N(mu, diag(sigma^2))."""
@@ -79,8 +79,8 @@ class GaussianMixture(Prior):
         (num,) = shape_of(num_components, "num_components")
         spread = 0.5
         self.loc = nn.Parameter(spread * torch.randn(num, latent_dim))
-        start = raw_scale(math.sqrt(1 - spread**2))
-        self.raw_scale = nn.Parameter(torch.full((num, latent_dim), start))
+        start = torch.full((num, latent_dim), math.sqrt(1 - spread**2))
+        self.raw_scale = nn.Parameter(_raw(start))
         self.log_weights = nn.Parameter(torch.zeros(num))
 
     def forward(self) -> dist.TorchDistribution:
@@ -93,6 +93,6 @@ def _normal(params: Tensor) -> dist.TorchDistribution:
     return diagonal_normal(loc, raw, 1)
 
 
-def raw_scale(scale: float) -> float:
+def _raw(scale: Tensor) -> Tensor:
     """What `diagonal_normal` makes this scale of."""
-    return math.log(math.expm1(scale - 1e-4))
+    return softplus_inverse(scale - 1e-4)

@@ -224,6 +224,16 @@ def family(fn: dist.TorchDistribution) -> str:
     return type(fn).__name__
 
 
+def entries(score: Score) -> torch.distributions.Distribution | None:
+    """The distribution of each dimension of a row, if they are independent and none is masked."""
+    fn = score.fn
+    if score.mask is not None or fn.batch_shape != score.log_prob.shape:
+        return None
+    while isinstance(fn, torch.distributions.Independent):
+        fn = fn.base_dist
+    return None if fn.event_shape else fn
+
+
 def total(scores: dict[str, Score]) -> Tensor:
     """Sum of the sites' log densities: `(rows,)`, or `(values, rows)` if one is enumerated."""
     return sum((score.log_prob for score in scores.values()), torch.zeros(()))
