@@ -3,7 +3,7 @@
 Question: on 8-bit images, how many bits per dimension does each likelihood need, as a density of
           dequantized pixels or as a probability of levels?
 Command:  python experiments/swap_likelihoods.py --data-root DATA
-Hardware: two cores, no GPU; about forty minutes.
+Hardware: two cores, no GPU.
 Expected: distributions with a shape of their own for each pixel (categorical, mixtures of
           discretized logistics) need the fewest; a normal of fixed or common scale the most. Both
           kinds of number are in the same units: a density of dequantized pixels is a lower bound of

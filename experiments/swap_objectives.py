@@ -3,7 +3,7 @@
 Question: with model and guide the same, what do log p(x), the ELBO, the active units and the time
           come to under each objective?
 Command:  python experiments/swap_objectives.py --data-root DATA
-Hardware: two cores, no GPU; about fifty minutes.
+Hardware: two cores, no GPU.
 Expected: importance-weighted objectives end at a better log p(x) and a worse ELBO, with more units
           active: 84.78 for 86.35 nats and 25 for 20 units with 50 particles (Burda et al., 2016,
           Table 1); DReG at least as good as IWAE (Tucker et al., 2019). Objectives that are not
