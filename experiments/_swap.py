@@ -11,6 +11,7 @@ import json
 import shlex
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -20,13 +21,21 @@ import torch
 import pyrovae
 from pyrovae import _flags, evidence
 from pyrovae._train import Settings, build, load_data, options
-from pyrovae.runs import made_by
+from pyrovae.runs import made_by, write_json
 
 RESULTS = Path(__file__).parent / "results"
 SMOKE = "--data digits --epochs 1 --latent-dim 4"
 
 
-def main(script: str, rows: dict[str, str], common: str, baseline: str | None = None) -> None:
+def main(
+    script: str,
+    rows: dict[str, str],
+    common: str,
+    *,
+    baseline: str | None = None,
+    once: Sequence[str] = (),
+    num_particles: int = 1000,
+) -> None:
     """Run a swap experiment from the command line.
 
     Args:
@@ -34,6 +43,8 @@ def main(script: str, rows: dict[str, str], common: str, baseline: str | None = 
         rows: Flags of each row, by label.
         common: Flags of all rows.
         baseline: Label of the row that the figure draws a line at.
+        once: Labels of the slow rows, which are run with the first seed only.
+        num_particles: Particles of log p(x) unless asked otherwise.
     """
     name = Path(script).stem
     parser = argparse.ArgumentParser(description=f"See the docstring of {name}.py.")
@@ -41,7 +52,7 @@ def main(script: str, rows: dict[str, str], common: str, baseline: str | None = 
     parser.add_argument("--rows", nargs="+", default=list(rows), choices=list(rows))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--num-test", type=int, default=2000, help="test data scored")
-    parser.add_argument("--num-particles", type=int, default=1000)
+    parser.add_argument("--num-particles", type=int, default=num_particles)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
     parser.add_argument("--smoke", action="store_true", help="seconds, offline: two rows")
     asked = parser.parse_args()
@@ -53,11 +64,11 @@ def main(script: str, rows: dict[str, str], common: str, baseline: str | None = 
     for label in asked.rows:
         flags = " ".join([common, rows[label], *[SMOKE] * asked.smoke])
         entry = found.setdefault(label, {"command": f"pyrovae train {flags}", "runs": {}})
-        for seed in range(asked.seeds):
+        for seed in range(1 if label in once else asked.seeds):
             if str(seed) in entry["runs"]:
                 continue
             entry["runs"][str(seed)] = one(flags, seed, asked)
-            file.write_text(json.dumps({k: found[k] for k in rows if k in found}, indent=1) + "\n")
+            write_json(file, {k: found[k] for k in rows if k in found})
             print(label, seed, entry["runs"][str(seed)], flush=True)
     figure(found, baseline).savefig(asked.results / f"{name}.png", dpi=150)
     print(table(found))

@@ -9,8 +9,9 @@ Expected: distributions with a shape of their own for each pixel (categorical, m
           kinds of number are in the same units: a density of dequantized pixels is a lower bound of
           the probability of the levels (Theis et al., 2016).
 
-Grey MNIST, 20 epochs, and Frey faces, 200; the first 2,000 test images. Writes
-experiments/results/swap_likelihoods.json and .png.
+Frey faces, 200 epochs, three seeds; grey MNIST, 20 epochs, one seed and the first 2,000 test images.
+Categorical is left out on MNIST: the last layer has 80 million weights there, and an epoch takes
+more than a minute. Writes experiments/results/swap_likelihoods.json and .png.
 """
 
 from _swap import main, table
@@ -31,11 +32,13 @@ EACH = {
     "DiscretizedLogistic": "--likelihood DiscretizedLogistic",
     "DiscretizedLogisticMixture": "--likelihood DiscretizedLogisticMixture",
 }
-ROWS = {f"MNIST, {name}": f"{MNIST} {flags}" for name, flags in EACH.items()}
-ROWS |= {f"Frey, {name}": f"{FREY} {flags}" for name, flags in EACH.items()}
+ON_FREY = {f"Frey, {name}": f"{FREY} {flags}" for name, flags in EACH.items()}
+ON_MNIST = {f"MNIST, {name}": f"{MNIST} {flags}" for name, flags in EACH.items()}
+del ON_MNIST["MNIST, Categorical"]
+ROWS = ON_FREY | ON_MNIST
 COMMON = "--clip-norm 100 --compile true"
 
 __all__ = ["COMMON", "ROWS", "table"]
 
 if __name__ == "__main__":
-    main(__file__, ROWS, COMMON)
+    main(__file__, ROWS, COMMON, once=list(ON_MNIST), num_particles=250)

@@ -76,7 +76,7 @@ def save(vae: nn.Module, path: str | os.PathLike) -> None:
         raise ValueError(f"{folder} holds the run of another model: save to another folder")
     config = there | {"model": model}
     write_tensors(folder / WEIGHTS, tensors, {})
-    _write_json(folder / CONFIG, config)
+    write_json(folder / CONFIG, config)
 
 
 def load(path: str | os.PathLike, vae: nn.Module | None = None) -> nn.Module:
@@ -276,7 +276,7 @@ class Run:
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Write a file of the run."""
-        _write_json(self.path / name, content)
+        write_json(self.path / name, content)
 
     def add_figures(self, figures: dict[str, Any]) -> list[Path]:
         """Write figures as figures/NAME.png."""
@@ -378,7 +378,8 @@ def _read_config(folder: Path, must_exist: bool = False) -> dict[str, Any]:
     return config
 
 
-def _write_json(file: Path, content: dict[str, Any]) -> None:
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write strict JSON, all of it or nothing; NaN and infinity become null."""
     text = json.dumps(_strict(content), indent=2, allow_nan=False)
     with replacing(file) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
