@@ -9,7 +9,7 @@ Expected: distributions with a shape of their own for each pixel (categorical, m
           kinds of number are in the same units: a density of dequantized pixels is a lower bound of
           the probability of the levels (Theis et al., 2016).
 
-Frey faces, 200 epochs, three seeds; grey MNIST, 20 epochs, one seed and the first 2,000 test images.
+Frey faces, 200 epochs, three seeds; grey MNIST, 20 epochs, one seed, the first 2,000 test images.
 Categorical is left out on MNIST: the last layer has 80 million weights there, and an epoch takes
 more than a minute. Writes experiments/results/swap_likelihoods.json and .png.
 """

@@ -1,7 +1,9 @@
 """A step as one compiled graph: the numbers of eager, and eager where there is no graph."""
 
+import random
 import warnings
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -14,6 +16,7 @@ from pyrovae import VAE, compiled, guides, likelihoods, nets, priors
 from pyrovae.objectives import ELBO
 
 BATCH = 6
+NUMPY = np.random.default_rng(0)
 
 
 class HalfDetached(torch.autograd.Function):
@@ -59,7 +62,10 @@ def steps():
     eager = compiled.with_gradients(program.loss, list(program.parameters()))
     state = {name: t.clone() for name, t in program.state_dict().items()}
     with pyro.validation_enabled(False):
-        fast = compiled.compile_step(eager, (torch.tensor(1.0), x8), fallback_random=True)
+        args, trial = (torch.tensor(1.0), x8), (torch.tensor(0.5), 255 - x8)
+        fast = compiled.compile_step(
+            eager, args, trial, torch.random.fork_rng, fallback_random=True
+        )
     assert fast is not None
     program.load_state_dict(state)
     return program, eager, fast, x8
@@ -172,6 +178,54 @@ def test_a_program_that_cannot_be_traced_runs_eagerly_with_one_warning():
     assert program.loc.abs().min() > 0
 
 
+class Linear(nn.Module):
+    """Probabilistic PCA."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.w = nn.Parameter(torch.randn(3, 2))
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z @ self.w.T, 1.0).to_event(1), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x @ self.w, 0.5).to_event(1))
+
+
+class Frozen(Linear):
+    """A model whose scale is nothing that torch drew or decided."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale, self.calls = scale, 0
+
+    def model(self, x):
+        self.calls += 1
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            px = dist.Normal(z @ self.w.T, self.scale(self.calls)).to_event(1)
+            pyro.sample("x", px, obs=x)
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [
+        lambda calls: 1 + 0.1 * float(NUMPY.random()),
+        lambda calls: 1 + 0.1 * random.random(),
+        lambda calls: min(1.0, 0.5 + calls / 100),
+    ],
+    ids=["numpy", "random", "counter"],
+)
+def test_what_a_graph_would_freeze_is_found_before_it_is_trusted(scale):
+    _, said = fit_warned(Frozen(scale), compile=True)
+    assert len(said) == 1
+    assert "frozen" in said[0]
+
+
 @pytest.mark.parametrize("objective", [Trace_ELBO, pyro.infer.TraceMeanField_ELBO])
 def test_pyros_objectives_train_and_warn_only_when_compiling_is_asked_for(objective):
     program, same = Branches(), Branches()
@@ -196,31 +250,13 @@ def test_without_a_compiler_training_runs_eagerly_with_one_warning(monkeypatch, 
     assert torch.equal(program.w, same.w)
 
 
-class Linear(nn.Module):
-    """Probabilistic PCA."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(1)
-        self.w = nn.Parameter(torch.randn(3, 2))
-
-    def model(self, x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(z @ self.w.T, 1.0).to_event(1), obs=x)
-
-    def guide(self, x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(x @ self.w, 0.5).to_event(1))
-
-
 def test_a_compiled_run_ends_where_an_eager_one_does(monkeypatch):
     """KL warm-up, learning-rate schedule, clipping: nothing is frozen in the graph."""
     original = compiled.compile_step
     made = []
 
-    def same_noise(step, args):
-        made.append(original(step, args, fallback_random=True))
+    def same_noise(*args):
+        made.append(original(*args, fallback_random=True))
         return made[-1]
 
     monkeypatch.setattr(compiled, "compile_step", same_noise)

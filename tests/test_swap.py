@@ -1,6 +1,7 @@
 """Every part with every other: a step, the bounds against quadrature, and back from disk."""
 
 import ast
+import functools
 import itertools
 import math
 import random
@@ -13,7 +14,7 @@ from table import GUIDES, LIKELIHOODS, OBJECTIVES, PRIORS
 from torch import Tensor
 
 import pyrovae
-from pyrovae import HierarchicalVAE, LadderVAE, guides, nets
+from pyrovae import HierarchicalVAE, LadderVAE, compiled, guides, nets, program
 from pyrovae._catalogue import ROLES, parts
 from pyrovae._config import from_config, parameters, to_config
 
@@ -181,6 +182,47 @@ def test_rows_cover_every_pair() -> None:
     rows = covering(FACTORS)
     for i, j in itertools.combinations(range(len(FACTORS)), 2):
         assert {(row[i], row[j]) for row in rows} == set(itertools.product(FACTORS[i], FACTORS[j]))
+
+
+def each_once() -> list[tuple[str, ...]]:
+    """Rows that are not refused, and have every value of every factor."""
+    ahead = [set(factor) for factor in FACTORS]
+    rows = [row for row in covering(FACTORS) if not refusals(*row[:1], *row[2:])]
+    found = []
+    while any(ahead):
+        best = max(rows, key=lambda row: sum(v in a for v, a in zip(row, ahead, strict=True)))
+        found.append(best)
+        ahead = [a - {v} for v, a in zip(best, ahead, strict=True)]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", each_once(), ids=" x ".join)
+def test_every_part_compiled(row: tuple[str, ...]) -> None:
+    """Loss, terms, gradients and buffers are those of eager under the same noise."""
+    *parts_of_it, objective, depth = row
+    torch.manual_seed(0)
+    vae = build(*parts_of_it, depth)
+    x, other = draws_of(vae, 12).split(6)
+    goal = OBJECTIVES[objective]()
+
+    def loss(kl_weight: Tensor, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return goal.surrogate(vae.model, vae.guide, (x,), kl_weight)
+
+    step = compiled.with_gradients(loss, list(vae.parameters()))
+    first, second = (torch.tensor(0.7), x), (torch.tensor(0.3), other)
+    kept = functools.partial(program.undisturbed, vae.model, vae.guide)
+    with program.validation(False):
+        fast = compiled.compile_step(step, first, second, kept, fallback_random=True)
+        assert fast is not None
+        results = []
+        for run in (step, fast):
+            with kept():
+                torch.manual_seed(1)
+                terms, grads = run(*second)
+                buffers = {name: buffer.clone() for name, buffer in vae.named_buffers()}
+                results.append((terms, list(grads), buffers))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.slow
