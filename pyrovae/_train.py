@@ -10,7 +10,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from pyrovae import data, guides, likelihoods, nets, objectives, plotting, priors
+from pyrovae import _processes, data, guides, likelihoods, nets, objectives, plotting, priors
 from pyrovae._config import Config, class_path, find_class, from_config, parameters
 from pyrovae.data import DataSet, Split
 from pyrovae.evidence import latents, log_px
@@ -93,6 +93,8 @@ class Settings:
         accelerator: Where to compute: auto, cpu, cuda or mps.
         precision: 32-true, or bf16-mixed for speed.
         compile: Compile the training step; default: in runs long enough for it to pay.
+        devices: Processes that share each batch and the test data, one on each device of this
+            machine; under torchrun and SLURM, their number.
         num_particles: Particles per datum in the estimate of the test log p(x).
         out: Folder of the run; default: runs/DATA-TIME.
         resume: Go on with the run in this folder exactly where it stopped; takes no other flag.
@@ -126,6 +128,7 @@ class Settings:
     accelerator: str = "auto"
     precision: str = "32-true"
     compile: bool | None = None
+    devices: int = 1
     num_particles: int = 5000
     out: str | None = None
     resume: str | None = None
@@ -133,7 +136,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         self._check_layers()
-        for name in ("seeds", "num_particles"):
+        for name in ("seeds", "devices", "num_particles"):
             if getattr(self, name) < 1:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} must be at least 1, got {getattr(self, name)}")
@@ -179,14 +182,15 @@ def train(settings: Settings) -> None:
             print(f"The run in {run.path} is finished: there is nothing to go on with.")
             return
         settings = saved_settings(run)
-        options(settings)
-        _train_all(settings, load_data(settings), run)
+        dataset = load_data(settings)
+        options(settings).fabric(settings.devices)
+        _train_all(settings, dataset, run)
         return
     dataset = load_data(settings)
     build(settings, dataset)
-    options(settings).fabric()
-    run = _new_run(settings)
-    _train_all(settings, dataset, run)
+    options(settings).fabric(settings.devices)
+    made = _new_run(settings).path if _processes.leads() else None
+    _train_all(settings, dataset, Run(_processes.gather(made)[0] or ""))
 
 
 def saved_settings(run: Run) -> Settings:
@@ -332,17 +336,19 @@ def _new_run(settings: Settings) -> Run:
 
 def _train_all(settings: Settings, dataset: DataSet, run: Run) -> None:
     """One run, or one for each seed inside the folder."""
-    with _going_on_later(run):
+    leads = _processes.leads()
+    with _going_on_later(run) if leads else nullcontext():
         if settings.seeds == 1:
             _train_one(settings, dataset, run)
             return
-        if not run.begun:
+        if leads and not run.begun:
             run.describe(settings.plain())
         runs = []
         for seed in range(settings.seed, settings.seed + settings.seeds):
             runs.append(Run(run.path / f"seed-{seed}"))
             _train_one(replace(settings, seed=seed, seeds=1), dataset, runs[-1])
-        _report_seeds(run, runs)
+        if leads:
+            _report_seeds(run, runs)
 
 
 @contextmanager
@@ -363,22 +369,17 @@ def _train_one(settings: Settings, dataset: DataSet, run: Run) -> None:
     """Train, score and draw one run, or what is left to do of it."""
     if run.finished:
         return
-    start = time.perf_counter()
+    start, leads = time.perf_counter(), _processes.leads()
     vae, objective = build(settings, dataset)
-    if not run.begun:
-        preprocess = dataset.preprocess.to_config()
-        run.describe(
-            settings.plain(),
-            model=model_config(vae),
-            preprocess=preprocess,
-            data=dataset.fingerprint,
-        )
-    check_same_data(run, dataset)
-    print(wrapped(_introduction(dataset, vae)))
+    if leads:
+        _describe(settings, dataset, run, vae)
     history = _fit(settings, run, vae, objective, dataset)
-    save(vae, run.path)
     trained = time.perf_counter() - start
+    if leads:
+        save(vae, run.path)
     told = _score(settings, run, vae, dataset.test)
+    if not leads:
+        return
     draw(run, vae, dataset.test)
     run.summarize(
         epochs=len(history),
@@ -391,17 +392,34 @@ def _train_one(settings: Settings, dataset: DataSet, run: Run) -> None:
     print(f"Run in {run.path}, figures in {run.path / 'figures'}")
 
 
+def _describe(settings: Settings, dataset: DataSet, run: Run, vae: VAE) -> None:
+    """Begin the run's folder, and say what it is a run of."""
+    if not run.begun:
+        preprocess = dataset.preprocess.to_config()
+        run.describe(
+            settings.plain(),
+            model=model_config(vae),
+            preprocess=preprocess,
+            data=dataset.fingerprint,
+        )
+    check_same_data(run, dataset)
+    print(wrapped(_introduction(dataset, vae)), flush=True)
+
+
 def _score(settings: Settings, run: Run, vae: VAE, test: Split) -> list[str]:
     """Write log p(x) of the test data, and what the latents carry: a paragraph on each."""
     told, progress = [], sys.stderr.isatty()
+    how: dict[str, Any] = {"seed": 0, "progress": progress, "shared": True}
     try:
-        found = log_px(
-            vae.model, vae.guide, test, settings.num_particles, seed=0, progress=progress
-        )
-        run.add_log_px(found)
-        told.append(str(found))
+        found = log_px(vae.model, vae.guide, test, settings.num_particles, **how)
     except Refused as error:
         told.append(f"log p(x) is not estimated: {error}.")
+    else:
+        told.append(str(found))
+        if _processes.leads():
+            run.add_log_px(found)
+    if not _processes.leads():
+        return told
     try:
         carried = latents(vae.model, vae.guide, test, seed=0, progress=progress)
         run.add_latents(carried)
@@ -441,7 +459,8 @@ def _fit(
         raise ValueError(f"{error}; to start anew, train with --out and --overwrite") from error
     except NonFiniteLoss as error:
         raise NonFiniteLoss(f"{error}; the last good checkpoint is {run.checkpoint}") from error
-    run.write_metrics(history)
+    if _processes.leads():
+        run.write_metrics(history)
     return history
 
 

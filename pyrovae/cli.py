@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 import pyrovae
-from pyrovae import _catalogue, _flags, data
+from pyrovae import _catalogue, _flags, _processes, data
 from pyrovae._catalogue import ROLES, dashed
+from pyrovae._processes import ProcessLost
 from pyrovae._train import (
     SECTIONS,
     Settings,
@@ -43,6 +44,7 @@ def log_px_command(
     data_root: str | None = None,
     seed: int = 0,
     accelerator: str = "auto",
+    devices: int = 1,
 ) -> None:
     """Estimate log p(x) of a run's test data, or of a file, and what the latents carry.
 
@@ -58,13 +60,19 @@ def log_px_command(
         data_root: Folder with the files of the named sets; default: $PYROVAE_DATA.
         seed: Seed of the noise.
         accelerator: Where to compute: auto, cpu, cuda or mps.
+        devices: Processes that share the data, one on each device of this machine; under torchrun
+            and SLURM, their number. The estimate is the same.
     """
+    if devices < 1:
+        raise ValueError(f"--devices must be at least 1, got {devices}")
     folder, vae = _open(run)
     split = _split(folder, data, data_root)
     check_data(vae.model, vae.guide, split)
-    Options(accelerator=accelerator).fabric().to_device(vae)
+    Options(accelerator=accelerator).fabric(devices).to_device(vae)
     how: dict[str, Any] = {"method": method, "seed": seed, "progress": sys.stderr.isatty()}
-    result = log_px(vae.model, vae.guide, split, num_particles, **how)
+    result = log_px(vae.model, vae.guide, split, num_particles, shared=True, **how)
+    if not _processes.leads():
+        return
     carried = latents(vae.model, vae.guide, split, seed=seed, progress=how["progress"])
     suffix = "" if data is None else f"-{Path(data).stem}"
     folder.add_log_px(result, f"log_px{suffix}")
@@ -167,12 +175,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _drop_stdout()
         return 141
-    except (ValueError, OSError, NonFiniteLoss) as error:
-        print(f"pyrovae: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, OSError, NonFiniteLoss, ProcessLost) as error:
+        where = "pyrovae" if _processes.leads() else f"pyrovae, process {_processes.rank()}"
+        print(f"{where}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("pyrovae: stopped", file=sys.stderr)
+        if _processes.leads():
+            print("pyrovae: stopped", file=sys.stderr)
         return 130
+    finally:
+        _processes.leave()
     return 0
 
 

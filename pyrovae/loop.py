@@ -6,6 +6,9 @@ graph and compiled where there are steps enough to pay for it.
 
 All randomness of an epoch comes from the seed and the epoch's number, so the state between two
 epochs holds no generator, and a run continued from it ends where the uninterrupted one does.
+
+Several processes (`pyrovae._processes`) take equal shares of each batch and add up their gradients,
+in one message a step: weights stay the same in all without being sent.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +29,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pyrovae import compiled, nets, program
+from pyrovae import _processes, compiled, nets, program
 from pyrovae._config import to_config
 from pyrovae._random import key
 from pyrovae.checkpoint import Checkpoint
@@ -83,6 +87,11 @@ class Loop:
         self.model, self.guide = model, guide
         self.objective, self.options, self.fabric = objective, options, fabric
         self.batch_size = min(options.batch_size, len(train))
+        self.share = slice(_processes.rank(), None, _processes.size())
+        sizes = {"batch": self.batch_size} | ({} if valid is None else {"valid": len(valid)})
+        for name, size in sizes.items():
+            if size < _processes.size():
+                raise ValueError(f"{name}: {size} data for {_processes.size()} processes to share")
         self.steps = len(train) // self.batch_size
         self.tensors = program.state(self.model, self.guide, program.as_args(train[slice(0, 2)]))
         unique = {id(t): t for t in self.tensors.values() if t.requires_grad}
@@ -128,6 +137,7 @@ class Loop:
                 if initialize := getattr(module, "initialize", None):
                     initialize(*program.as_args(self.data[_spread(len(self.data), 10_000)]))
             self.best = self._snapshot()
+        _processes.agree([*self.tensors.values(), *self.best.values()])
         if not self.over:
             self.step = self._make_step()
 
@@ -135,16 +145,20 @@ class Loop:
         self, progress: bool, on_epoch: OnEpoch | None, checkpoint: str | Path | None
     ) -> list[Row]:
         """Train to the end; the best weights are left in the module, whatever ends it."""
+        leads = _processes.leads()
+        checkpoint = checkpoint if leads else None
         last_saved = -math.inf if not self.history else time.monotonic()
         epochs = self.options.epochs
-        with _bar(epochs * self.steps, len(self.history) * self.steps, progress) as bar:
+        with _bar(epochs * self.steps, len(self.history) * self.steps, progress and leads) as bar:
             try:
                 while not self.over:
                     if checkpoint and time.monotonic() - last_saved > SAVE_SECONDS:
                         self.checkpoint().save(checkpoint)
                         last_saved = time.monotonic()
                     row = self._epoch(bar)
-                    if on_epoch:  # before the state is saved: a resumed run leaves none out
+                    if (
+                        on_epoch and leads
+                    ):  # before the state is saved: a resumed run leaves none out
                         on_epoch(self.vae, row)
                 if checkpoint:
                     self.checkpoint().save(checkpoint)
@@ -191,14 +205,18 @@ class Loop:
             self.names = list(terms)
             return value / self.batch_size, {n: t / self.batch_size for n, t in terms.items()}
 
-        step = compiled.with_gradients(loss, self.params, self.options.clip_norm)
-        example = (self._kl_weight(0), *self._stored(torch.arange(self.batch_size)))
-        with self._running(), program.undisturbed(self.model, self.guide):
+        clip_norm = self.options.clip_norm if _processes.size() == 1 else None
+        step = compiled.with_gradients(loss, self.params, clip_norm)
+        rows = torch.arange(self.batch_size)[self.share]
+        example = (self._kl_weight(0), *self._stored(rows))
+        kept = partial(program.undisturbed, self.model, self.guide)
+        with self._running(), kept():
             where = f"the first step fails on a batch of {self.batch_size}"
             program.attempt(where, lambda: step(*example))
             if self.compile:
                 _log.info("compiling the training step")
-                fast = compiled.compile_step(step, example)
+                trial = (self._kl_weight(0) / 2, *self._stored(len(self.data) - 1 - rows))
+                fast = compiled.compile_step(step, example, trial, kept)
                 self.compile, step = fast is not None, fast or step
         return step
 
@@ -223,14 +241,17 @@ class Loop:
         """One pass over the data, then validation: the row, added to the history."""
         epoch, start = len(self.history), time.perf_counter()
         self._seed(epoch + 1)
-        order = torch.randperm(len(self.data)).to(self.fabric.device)
-        batches = order[: self.steps * self.batch_size].split(self.batch_size)
+        order = torch.randperm(len(self.data))
+        self._part_noise(epoch + 1)
+        order = order[: self.steps * self.batch_size].to(self.fabric.device)
+        batches = [batch[self.share] for batch in order.split(self.batch_size)]
         outputs = []
         with self._running():
             for i, index in enumerate(batches):
                 outputs.append(self._update(epoch, i, self._stored(index)))
                 bar.update()
         terms = torch.stack(outputs)
+        self._agree_on_buffers()
         self._check_finite(epoch, terms, batches)
         row = {"epoch": epoch + 1, **dict(zip(self.names, terms.mean(0)[1:].tolist(), strict=True))}
         row |= {f"valid_{name}": value for name, value in self._validate().items()}
@@ -247,7 +268,7 @@ class Loop:
     def _update(self, epoch: int, i: int, batch: Args) -> Tensor:
         """One step of the optimizer; the loss and its terms."""
         t = epoch * self.steps + i
-        output, grads = self.step(self._kl_weight(t), *batch)
+        output, grads = self._summed(*self.step(self._kl_weight(t), *batch))
         if output.device.type == "cpu" and not math.isfinite(output[0]):
             raise self._non_finite(epoch, i, batch)
         for param, grad in zip(self.params, grads, strict=True):
@@ -256,6 +277,23 @@ class Loop:
         self.optimizer.param_groups[0]["lr"] = self.options.rate(done)
         self.optimizer.step()
         return output
+
+    def _summed(self, output: Tensor, grads: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        """Output and gradients of the whole batch, of which each process had its share."""
+        if _processes.size() == 1:
+            return output, grads
+        output, *grads = _processes.total([output, *grads])
+        return output, compiled.finished(grads, self.params, self.options.clip_norm)
+
+    def _agree_on_buffers(self) -> None:
+        """Give the running statistics, which each process has of its shares, their mean."""
+        if _processes.size() > 1:
+            own = [
+                t for t in self.tensors.values() if t.is_floating_point() and not t.requires_grad
+            ]
+            means = [t / _processes.size() for t in _processes.total(own)] if own else []
+            for tensor, mean in zip(own, means, strict=True):
+                tensor.copy_(mean)
 
     def _kl_weight(self, t: int) -> Tensor:
         """Weight of the KL at step `t` of all, as a tensor: a number would be frozen in a graph."""
@@ -279,15 +317,21 @@ class Loop:
         if split is None:
             return {}
         self._seed(0)
+        self._part_noise(0)
         sums: dict[str, float] = {}
         with torch.no_grad(), program.in_mode(False, self.model, self.guide):
             for start in range(0, len(split), VALID_ROWS):
-                args = program.as_args(split[slice(start, start + VALID_ROWS)])
+                index = torch.arange(start, min(start + VALID_ROWS, len(split)))[self.share]
+                if not len(index):
+                    continue
+                args = program.as_args(split[index])
                 for name, value in report(self.model, self.guide, args).items():
                     sums[name] = sums.get(name, 0.0) + float(value)
             spread = split[_spread(len(split), ACTIVITY_ROWS)]
             active = count_active(self.guide, program.as_args(spread))
-        return {name: value / len(split) for name, value in sums.items()} | (
+        (sum_of_all,) = _processes.total([torch.tensor(list(sums.values()), dtype=torch.float64)])
+        means = (sum_of_all / len(split)).tolist()
+        return dict(zip(sums, means, strict=True)) | (
             {} if active is None else {"active_units": active}
         )
 
@@ -297,6 +341,11 @@ class Loop:
     def _seed(self, epoch: int) -> None:
         """Start the noise of an epoch, from 1; 0 is of validation and first weights."""
         torch.manual_seed(key(self.options.seed, epoch))
+
+    def _part_noise(self, epoch: int) -> None:
+        """Give all processes but the first noise of their own; what they draw first is the same."""
+        if not _processes.leads():
+            torch.manual_seed(key(key(self.options.seed, epoch), _processes.rank()))
 
     def _check_finite(self, epoch: int, terms: Tensor, batches: Sequence[Tensor]) -> None:
         """Refuse an epoch with a loss, or that ended in weights, that are not finite."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
 from lightning_fabric import Fabric
+
+from pyrovae import _processes
 
 __all__ = ["SCHEDULES", "Options"]
 
@@ -34,6 +37,18 @@ SCHEDULES: dict[str, Schedule] = {
 
 One-cycle: Super-Convergence (Smith & Topin, 2018), arXiv:1708.07120.
 """
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Nothing but warnings from a logger."""
+    log = logging.getLogger(name)
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 @dataclass(frozen=True)
@@ -73,24 +88,36 @@ class Options:
             if value not in known and not (name == "schedule" and callable(value)):
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
-    def fabric(self) -> Fabric:
-        """Device and precision.
+    def fabric(self, devices: int = 1) -> Fabric:
+        """Device, precision, and a place among the processes that were launched together.
+
+        Args:
+            devices: Processes to launch on this machine, by running the command that is running
+                once more for each; where some were launched already, it is their number.
 
         Raises:
             ValueError: If there is no such device here.
         """
-        log = logging.getLogger("lightning_fabric")
-        level = log.level
-        log.setLevel(logging.WARNING)  # or it announces each choice of precision
-        try:
-            return Fabric(accelerator=self.accelerator, devices=1, precision=self.precision)
-        except (ValueError, RuntimeError) as error:
-            raise ValueError(
-                f"accelerator {self.accelerator!r} is not to be had on this machine: take 'cpu' or "
-                "'auto'"
-            ) from error
-        finally:
-            log.setLevel(level)
+        found = _processes.launched()
+        nodes, local = (1, devices) if found == (1, 1) else found
+        strategy = "auto" if nodes * local == 1 else "ddp"
+        with _quiet("lightning_fabric"):  # or it announces each choice
+            try:
+                fabric = Fabric(
+                    accelerator=self.accelerator,
+                    strategy=strategy,
+                    devices=local,
+                    num_nodes=nodes,
+                    precision=self.precision,
+                )
+            except (ValueError, RuntimeError) as error:
+                times = "" if local == 1 else f" {local} times over"
+                raise ValueError(
+                    f"accelerator {self.accelerator!r} is not to be had on this machine{times}: "
+                    "take 'cpu' or 'auto'"
+                ) from error
+            fabric.launch()
+        return fabric
 
     def rate(self, t: float) -> float:
         """Learning rate when a fraction `t` of training is done."""

@@ -59,6 +59,11 @@ def fit(
     waits for another epoch. The weights left behind are the best by validation ELBO if there are
     validation data, else those of the last whole epoch: also after Ctrl-C or an error.
 
+    In a program that `torchrun` or SLURM launched several times, each process calls `fit` with the
+    same arguments, and they train one model together: a batch is shared among them, gradients are
+    added up, and all end with the same weights. Only the first shows the bar, calls `on_epoch` and
+    writes.
+
     Args:
         vae: A module with `model` and `guide`, such as `VAE` or `Program`.
         train: Data: a tensor `(N, *shape)`, an array, a tuple of tensors, a torch `Dataset`, or a

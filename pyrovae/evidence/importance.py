@@ -77,6 +77,7 @@ def log_px(
     dtype: torch.dtype | None = None,
     block_size: int | None = None,
     blocks: Sequence[int] | None = None,
+    shared: bool = False,
     progress: bool = False,
 ) -> LogPx:
     """Importance-weighted estimate of log p(x) for each datum, with its diagnostics.
@@ -95,7 +96,9 @@ def log_px(
         seed: Of the noise; None takes a new one, recorded in the result.
         dtype: At least float32; `torch.float64` runs on a copy of the modules.
         block_size: Data in a block; None chooses by K. Another size is other noise.
-        blocks: Numbers of the blocks to run, for sharding; None runs all. `LogPx.join` joins them.
+        blocks: Numbers of the blocks to run; None runs all. `LogPx.join` joins them.
+        shared: Divide the blocks among the processes of torch's process group; all must call, and
+            each gets the whole result.
         progress: Show a bar.
 
     Returns:
@@ -122,7 +125,8 @@ def log_px(
     if method != "importance":
         raise ValueError(f"method must be 'importance', got {method!r}")
     walk = Walk(model, guide, x, num_particles, seed, dtype, block_size, blocks)
-    return LogPx.join(walk.map(functools.partial(_estimate, walk), progress=progress))
+    estimate = functools.partial(_estimate, walk)
+    return LogPx.join(walk.map(estimate, progress=progress, shared=shared))
 
 
 def _log_weights(walk: Walk, args: Args) -> Tensor:

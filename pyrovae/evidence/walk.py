@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pyrovae import nets, program
+from pyrovae import _processes, nets, program
 from pyrovae._random import key
 from pyrovae.data import as_split
 from pyrovae.program import Args, PyroFunction
@@ -77,6 +77,7 @@ class Walk:
         task: str = "log p(x)",
         progress: bool = False,
         density: bool = True,
+        shared: bool = False,
     ) -> list[T]:
         """What a function makes of each block: of its data, and of where in the data they are.
 
@@ -85,13 +86,21 @@ class Walk:
             task: What the bar says.
             progress: Show a bar.
             density: Refuse first what has no density per datum; else what cannot run at all.
+            shared: Divide the blocks among the processes of the group; each gets all results.
         """
+        numbers = self.numbers
+        if shared:
+            self.seed = _processes.gather(self.seed)[0]
+            numbers = numbers[_processes.rank() :: _processes.size()]
         model, guide = self.programs.model, self.programs.guide
         with torch.no_grad(), self.programs.running():
             with program.undisturbed(model, guide):
                 program.check(model, guide, self.args(slice(0, 7)), alone=density)
-            bar = tqdm(self.numbers, desc=task, disable=not progress)
-            return [self._block(function, number) for number in bar]
+            bar = tqdm(numbers, desc=task, disable=not (progress and _processes.leads()))
+            found = {number: self._block(function, number) for number in bar}
+        if shared:
+            found = {n: made for theirs in _processes.gather(found) for n, made in theirs.items()}
+        return [found[number] for number in self.numbers]
 
     def has_density(self) -> bool:
         """Whether the guide's latents all have a density; a plain autoencoder's have none."""
