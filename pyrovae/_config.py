@@ -157,7 +157,7 @@ def shape_of(shape: Iterable[int] | int, argument: str) -> tuple[int, ...]:
     Raises:
         ValueError: If a size is less than one.
     """
-    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
+    sizes = tuple(shape) if isinstance(shape, Iterable) else (shape,)
     if not all(isinstance(size, int) and size > 0 for size in sizes):
         raise ValueError(f"{argument} must be positive integers, got {shape}")
     return sizes

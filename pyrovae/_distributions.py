@@ -11,7 +11,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.utils import broadcast_all
-from torch.nn.functional import logsigmoid, softplus
+from torch.nn.functional import softplus
 
 
 def positive(raw: Tensor) -> Tensor:
@@ -30,9 +30,26 @@ def diagonal_normal(loc: Tensor, raw_scale: Tensor, event_dim: int) -> dist.Torc
     return dist.Normal(loc, positive(raw_scale)).to_event(event_dim)
 
 
+def positive_inverse(scale: Tensor) -> Tensor:
+    """The real number that `positive` makes this scale of, for scales of at least 1e-3."""
+    return softplus_inverse(scale - 1e-4)
+
+
 def softplus_inverse(y: Tensor) -> Tensor:
     """The x with softplus(x) = y, for y above zero."""
     return y + torch.log(-torch.expm1(-y))
+
+
+def _in_double(fn: Any, family: Any, value: Tensor, *names: str) -> Tensor:
+    """Log density by torch's formula in float64, rounded to the precision of the parameters named.
+
+    Differences of log gamma functions, as large as their arguments, lose nats in float32.
+    """
+    if fn._validate_args:
+        fn._validate_sample(value)
+    params = {name: getattr(fn, name) for name in names}
+    exact = family(**{name: p.double() for name, p in params.items()}, validate_args=False)
+    return exact.log_prob(value.double()).to(params[names[0]].dtype)
 
 
 class ContinuousBernoulli(TorchDistribution):
@@ -128,14 +145,16 @@ class OpenInterval(constraints.Constraint):
 class Beta(dist.Beta):
     """Beta whose draws are never rounded to 0 or 1, and which scores these as their neighbours.
 
-    Torch's returns infinities there, and gradients that are no numbers, also for masked entries.
+    Torch's returns infinities there, and gradients that are no numbers, also for masked entries. At
+    a concentration of 1e4 it is off by nats over 784 entries in float32.
     """
 
     support = OpenInterval()
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density."""
-        return super().log_prob(_inside(value))
+        names = "concentration1", "concentration0"
+        return _in_double(self, dist.Beta, _inside(value), *names)
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Draws."""
@@ -149,38 +168,48 @@ def _inside(x: Tensor) -> Tensor:
     return torch.where(x == 1, 1 - info.eps / 2, x)
 
 
-class NegativeBinomial(dist.NegativeBinomial):
-    """Negative binomial that is exact for any count of failures.
+class StudentT(dist.StudentT):
+    """Student's t that is exact for many degrees of freedom.
 
-    Torch's takes the difference of two large log gamma functions: near the Poisson limit, at
-    theta = 1e6, its log probability is off by a nat in float32.
+    Torch's is off by 64 nats over 784 entries at a million of them in float32.
+    """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density."""
+        return _in_double(self, dist.StudentT, value, "df", "loc", "scale")
+
+
+class Poisson(dist.Poisson):
+    """Poisson that is exact for large counts.
+
+    Torch's is off by 25 nats over 784 entries at a rate of 1e5 in float32.
     """
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log probability."""
-        if self._validate_args:
-            self._validate_sample(value)
-        theta = self.total_count
-        powers = theta * logsigmoid(-self.logits) + value * logsigmoid(self.logits)
-        return powers + _log_rising(theta, value) - torch.lgamma(1 + value)
+        return _in_double(self, dist.Poisson, value, "rate")
 
 
-def _log_rising(a: Tensor, k: Tensor) -> Tensor:
-    """Log of Gamma(a + k) / Gamma(a), by Stirling's series where a is large."""
-    large = a > 8
-    big = torch.where(large, a, 8.0)
-    series = (big + k - 0.5) * torch.log1p(k / big) + k * big.log() - k
-    series = series + _stirling_rest(big + k) - _stirling_rest(big)
-    small = torch.where(large, 1.0, a)
-    return torch.where(large, series, torch.lgamma(small + k) - torch.lgamma(small))
+class Binomial(dist.Binomial):
+    """Binomial that is exact for many trials.
+
+    Torch's is off by 3 nats over 784 entries at 65,535 trials in float32.
+    """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log probability."""
+        return _in_double(self, dist.Binomial, value, "total_count", "logits")
 
 
-def _stirling_rest(a: Tensor) -> Tensor:
-    """What Stirling's formula leaves of the log gamma function, to 1e-12 for a above 8."""
-    inverse = 1 / a
-    squared = inverse.square()
-    tail = squared * (1 / 1260 - squared * (1 / 1680 - squared / 1188))
-    return inverse * (1 / 12 - squared / 360 + squared * tail)
+class NegativeBinomial(dist.NegativeBinomial):
+    """Negative binomial that is exact for large counts, and near the Poisson limit.
+
+    Torch's is off by a nat for each entry at theta = 1e6 in float32.
+    """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log probability."""
+        return _in_double(self, dist.NegativeBinomial, value, "total_count", "logits")
 
 
 class ZeroInflated(dist.ZeroInflatedDistribution):
@@ -202,9 +231,10 @@ class OptimalNormal(dist.Normal):
     .. math:: \log p(x) = -\tfrac12 \log(2 \pi\, \text{MSE}) - (x - \mu)^2 / 2\, \text{MSE}
 
     MSE is the mean of (x - mu)^2 over all that is scored at once, so this is for training alone.
-    The gradient is that of D/2 log MSE, whether MSE is differentiated or, as here, held fixed: the
-    best scale is a stationary point. Each score moves a running variance by a tenth of the way to
-    MSE; draws have that variance.
+    Under the ELBO the gradient is that of D/2 log MSE for each datum, whether MSE is differentiated
+    or, as here, held fixed: the best scale is a stationary point. Inside an importance-weighted
+    logarithm it is none, and the scale stays that of the guide's draws. Each score moves a running
+    variance by a tenth of the way to MSE; draws have that variance.
 
     Args:
         loc: Mean.
@@ -231,9 +261,11 @@ class OptimalNormal(dist.Normal):
         seen = None if self.seen is None else self.seen.expand(batch_shape)
         return OptimalNormal(self.loc.expand(batch_shape), self.running, seen, self._validate_args)
 
-    def mask(self, mask: Tensor) -> OptimalNormal:
+    def mask(self, mask: Tensor | bool) -> OptimalNormal:
         """The same with only these entries seen: the others count nothing, for MSE too."""
-        return OptimalNormal(self.loc, self.running, mask, self._validate_args)
+        seen = torch.as_tensor(mask, device=self.loc.device)
+        seen = seen if self.seen is None else self.seen & seen
+        return OptimalNormal(self.loc, self.running, seen, self._validate_args)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density of each entry at the best scale for all."""

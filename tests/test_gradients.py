@@ -128,11 +128,27 @@ def bound(weight=1.0):
     return loss
 
 
-def wake(program, x, t, noise):
-    """What the reweighted wake phases descend on, weights and draws held still."""
-    rest, log_pz, log_qz = program.densities(x, t, noise, detach=True)
-    w = (rest + log_pz - log_qz).detach().softmax(0)
-    return -(w * (rest + log_pz + log_qz)).sum(0)
+def wake(weight=1.0, insomnia=1.0):
+    """What the reweighted wake phases descend on, importance weights and draws held still."""
+
+    def loss(program, x, t, noise):
+        rest, log_pz, log_qz = program.densities(x, t, noise, detach=True)
+        w = (rest + weight * (log_pz - log_qz)).detach().softmax(0)
+        return -(w * (rest + weight * log_pz + insomnia * log_qz)).sum(0)
+
+    return loss
+
+
+def asleep(program):
+    """The gradient of E[-log q(z|x)] over the model's own z and x, by quadrature."""
+    t, z = program.parameters(), {}
+    noise, weight = normal_grid(1 + len(program.layers), 5)
+    for name, eps in zip((*program.layers, "x"), noise, strict=True):
+        p = program.p(name, z, t)
+        z[name] = (p.loc + p.scale * eps).detach()
+    log_q = sum(program.q(name, z, z["x"], t).log_prob(z[name]) for name in program.order)
+    value = -(weight * log_q).sum()
+    return torch.stack(torch.autograd.grad(value, list(t.values()), materialize_grads=True))
 
 
 def truth(program, k, loss):
@@ -243,9 +259,13 @@ def test_traced_gradients_are_the_eager_ones(objective):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_wake_gradients_of_two_particles_are_exact(order):
+@pytest.mark.parametrize(("weight", "insomnia"), [(1.0, 1.0), (0.6, 1.0), (1.0, 0.4)])
+def test_wake_and_sleep_gradients_of_two_particles_are_exact(order, weight, insomnia):
     program = Linear(ORDERS[order])
-    check_unbiased(estimate(ReweightedWakeSleep(2), program, 200_000), truth(program, 2, wake))
+    expected = truth(program, 2, wake(weight, insomnia)) + (1 - insomnia) * asleep(program)
+    objective = ReweightedWakeSleep(2, insomnia)
+    grads = estimate(objective, program, 200_000, kl_weight=torch.tensor(weight))
+    check_unbiased(grads, expected)
 
 
 def test_the_wake_gradient_of_the_guide_becomes_that_of_the_inclusive_kl():
@@ -278,6 +298,7 @@ def test_asleep_the_guide_learns_from_what_the_model_dreams(monkeypatch):
     loss = t["log_t"] + square / 2 / torch.exp(2 * t["log_t"])
     expected = torch.stack(torch.autograd.grad(loss, [t["u"], t["log_t"]]))
     at = [program.names.index(name) for name in ("u", "log_t")]
+    torch.testing.assert_close(asleep(program)[at], expected)
     grads = estimate(ReweightedWakeSleep(2, insomnia=0.0), program, 200_000)[:, at]
     check_unbiased(grads, expected)
 

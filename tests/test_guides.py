@@ -19,6 +19,7 @@ from torch.distributions import kl_divergence
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyrovae import compiled, guides
+from pyrovae._distributions import positive
 from pyrovae._flows import Flowed, zuko
 from pyrovae.guides.flows import _Reflections
 from pyrovae.guides.mixture import ReparameterizedMixture
@@ -154,6 +155,18 @@ def test_flows_made_of_networks_start_at_a_diagonal_normal(name: str) -> None:
 def kl_estimate(q: Any, p: Any) -> Tensor:
     z = q.rsample((1000,))
     return (q.log_prob(z) - p.log_prob(z)).mean(0).detach()
+
+
+def test_a_step_of_iaf_scales_by_a_tenth_to_ten_whatever_its_network_says() -> None:
+    guide = FLOWS["IAF"]()
+    noise, context = torch.randn(20, DIM), torch.randn(20, guide.context_dim)
+    for step in guide.steps:
+        with torch.no_grad():
+            step.hyper[-1].weight.normal_(0, 1e4)
+        blocks = jacobian(step(context), noise, vectorize=True)[range(20), :, range(20)]
+        scale = blocks.diagonal(dim1=-2, dim2=-1)
+        assert 0.1 - 1e-9 < scale.min() < 0.12
+        assert 8 < scale.max() < 10 + 1e-9
 
 
 @pytest.mark.parametrize("name", INVERTIBLE)
@@ -420,6 +433,22 @@ def test_normals_without_covariances_are_diagonal(kind: Any) -> None:
     torch.testing.assert_close(q.covariance_matrix, diagonal.variance.diag_embed())
 
 
+def test_what_couples_latents_is_divided_by_its_size() -> None:
+    params = torch.randn(5, 4 * DIM)
+    raw, first, second = params[:, DIM:].chunk(3, dim=-1)
+    low: Any = guides.LowRankNormal(IMAGE, DIM, NET, rank=2).distribution(params)
+    coupling = sum(w.unsqueeze(-1) * w.unsqueeze(-2) for w in (first, second)) / (2 * DIM)
+    expected = positive(raw).square().diag_embed() + coupling
+    torch.testing.assert_close(low.covariance_matrix, expected)
+    entries = torch.randn(5, DIM * (DIM + 1) // 2)
+    given = torch.cat([params[:, :DIM], entries], dim=-1)
+    full: Any = guides.FullRankNormal(IMAGE, DIM, NET).distribution(given)
+    rows = entries.split(list(range(1, DIM + 1)), dim=-1)
+    for i, row in enumerate(rows):
+        torch.testing.assert_close(DIM * full.scale_tril[:, i, :i], row[:, :i])
+        torch.testing.assert_close(full.scale_tril[:, i, i], positive(row[:, i]))
+
+
 def test_delta_is_a_point_whose_log_density_counts_as_zero() -> None:
     guide = guides.Delta(IMAGE, DIM, NET)
     x = torch.randn(5, *IMAGE)
@@ -476,19 +505,28 @@ def test_copies_share_nothing(name: str) -> None:
     assert not torch.equal(guide(x).mean, again(x).mean)
 
 
+def never(*shapes: Any) -> Any:
+    """A network that must not be built."""
+    raise AssertionError
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: guides.LowRankNormal(IMAGE, 2, rank=3), r"rank must be at most 2 .*, got 3"),
+        (lambda: guides.LowRankNormal(IMAGE, 2, never, 3), r"rank must be at most 2 .*, got 3"),
         (lambda: guides.LowRankNormal(IMAGE, 2, rank=0), "rank must be positive integers, got 0"),
         (lambda: guides.NormalMixture(IMAGE, 2, num_components=0), "num_components must be"),
         (lambda: guides.Planar(IMAGE, 2, transforms=0), "transforms must be positive"),
         (lambda: guides.IAF(IMAGE, 2, transforms=0), "transforms must be positive"),
+        (lambda: guides.IAF(IMAGE, 2, transforms=2.5), "transforms must be positive .*, got 2.5"),
         (lambda: guides.IAF(IMAGE, 2, context_dim=0), "context_dim must be positive"),
         (lambda: guides.IAF(IMAGE, 2, hidden=(0,)), "hidden must be positive"),
         (lambda: guides.NeuralSpline(IMAGE, 2, bins=1), "bins must be at least 2, got 1"),
         (lambda: guides.NeuralSplineCoupling(IMAGE, 2, transforms=-1), "transforms must be"),
-        (lambda: guides.OrthogonalSylvester(IMAGE, 2, num_ortho=3), r"num_ortho must be at most 2"),
+        (
+            lambda: guides.OrthogonalSylvester(IMAGE, 2, never, num_ortho=3),
+            "num_ortho must be at most 2",
+        ),
         (lambda: guides.HouseholderSylvester(IMAGE, 2, num_reflections=0), "num_reflections must"),
     ],
 )

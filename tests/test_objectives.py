@@ -335,9 +335,11 @@ def test_an_enumerated_site_is_summed_out_and_the_kl_weight_still_counts():
     ("make", "message"),
     [
         (lambda: ELBO(num_particles=0), "num_particles must be at least 1, got 0"),
+        (lambda: ELBO(num_particles=2.5), "num_particles must be at least 1, got 2.5"),
         (lambda: ELBO(beta=-1), "beta must not be negative, got -1"),
         (lambda: ELBO(free_bits=-1), "free_bits must not be negative, got -1"),
         (lambda: MIWAE(num_bounds=0), "num_bounds must be at least 1, got 0"),
+        (lambda: MIWAE(num_bounds=2.5), "num_bounds must be at least 1, got 2.5"),
         (lambda: ReweightedWakeSleep(insomnia=2), "insomnia must lie between 0 and 1, got 2"),
         (lambda: ScoreFunction(1), "needs num_particles of at least 2, got 1"),
         (lambda: ScoreFunction(2, "moving"), "baseline must be 'leave-one-out' or 'none'"),
@@ -444,6 +446,23 @@ def test_several_latents_are_reported_one_by_one():
     assert not {"kl_z"} & report(vae.model, vae.guide, (torch.zeros(2, 4).double(),)).keys()
 
 
+@pytest.mark.parametrize(
+    "objective",
+    [
+        IWAE(1),
+        MIWAE(1, 1),
+        DReG(1),
+        StickingTheLanding(1),
+        ScoreFunction(1, "none"),
+        ReweightedWakeSleep(1),
+        ReweightedWakeSleep(1, insomnia=0.4),
+    ],
+)
+def test_the_weight_of_training_counts_in_the_value_of_every_loss(x, objective):
+    loss, terms = surrogate(objective, make_vae(), x, kl_weight=0.4)
+    torch.testing.assert_close(loss.detach(), 0.4 * terms["kl"] - terms["reconstruction"])
+
+
 # Importance weights -------------------------------------------------------------------------------
 
 
@@ -501,8 +520,11 @@ def test_a_site_enumerated_in_the_guide_is_summed_out_or_refused():
             surrogate(objective, labelled(x), x)
 
 
-@pytest.mark.parametrize("objective", [IWAE(), DReG(), StickingTheLanding(), ScoreFunction()])
-def test_a_scale_is_refused_inside_the_logarithm(x, objective):
+@pytest.mark.parametrize(
+    "objective",
+    [IWAE(), DReG(), StickingTheLanding(), ScoreFunction(), ReweightedWakeSleep(), MMD()],
+)
+def test_a_scale_is_refused_where_it_would_weigh_only_a_part(x, objective):
     vae = make_vae()
     scaled = VAEOf(poutine.scale(vae.model, 3.0), vae.guide)
     with pytest.raises(ValueError, match="has a scale"):

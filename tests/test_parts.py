@@ -275,6 +275,17 @@ def test_initialize_takes_an_entry_that_is_never_seen(name: str) -> None:
     assert all(value.isfinite().all() for value in part.state_dict().values())
 
 
+@pytest.mark.parametrize("name", ["Laplace", "Normal, per-pixel", "Normal, amortized", "StudentT"])
+def test_an_entry_that_is_never_seen_starts_at_unit_variance(name: str) -> None:
+    part: Any = LIKELIHOODS[name]()
+    x = 0.5 + 0.1 * torch.randn(4000, *IMAGE)
+    x[:, 0, 0, 0] = math.nan
+    part.initialize(x)
+    spread = part(torch.zeros(LATENTS)).base_dist.stddev.flatten()
+    torch.testing.assert_close(spread[0], torch.tensor(1.0))
+    assert spread[1:].max() < 0.2
+
+
 # Single parts -------------------------------------------------------------------------------------
 
 
@@ -300,7 +311,7 @@ def test_the_noise_of_normal_is_learned_where_it_says_so(scale: Any, shape: Any)
     assert found == ([] if shape is None else [shape])
 
 
-@pytest.mark.parametrize("scale", [0, -1.0, math.inf, math.nan, "fixed"])
+@pytest.mark.parametrize("scale", [0, -1.0, math.inf, math.nan, "fixed", True])
 def test_normal_refuses_other_noise(scale: Any) -> None:
     with pytest.raises(ValueError, match="scale must be"):
         likelihoods.Normal(IMAGE, LATENTS, NET, scale=scale)

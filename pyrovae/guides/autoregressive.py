@@ -94,8 +94,9 @@ class _Autoregressive(Guide):
 class IAF(_Autoregressive):
     """Inverse autoregressive flow: each entry is scaled and shifted by functions of those before.
 
-    For posteriors with any dependence between latents and one mode. Sampling and scoring a draw
-    take one pass of each step; scoring another value takes one per latent.
+    For posteriors with any dependence between latents and one mode. Each step scales an entry by a
+    factor between 0.1 and 10. Sampling and scoring a draw take one pass of each step; scoring
+    another value takes one per latent.
 
     Args:
         shape: Shape of one datum, such as `(1, 28, 28)`.
@@ -107,7 +108,7 @@ class IAF(_Autoregressive):
         context_dim: Size of the context.
 
     References:
-        Improving Variational Inference with Inverse Autoregressive Flow (Kingma et al., 2016),
+        Improved Variational Inference with Inverse Autoregressive Flow (Kingma et al., 2016),
         arXiv:1606.04934
     """
 
@@ -120,7 +121,6 @@ class IAF(_Autoregressive):
         hidden: int | Sequence[int] = (128,),
         context_dim: int = 64,
     ):
-        # A step scales by 0.1 to 10.
         affine = partial(zuko.transforms.MonotonicAffineTransform, slope=0.1)
         super().__init__(shape, latent_dim, net, transforms, hidden, context_dim, affine, [(), ()])
 
@@ -143,7 +143,7 @@ class NeuralSpline(_Autoregressive):
 
     References:
         Neural Spline Flows (Durkan et al., 2019), arXiv:1906.04032, in the direction of
-        Improving Variational Inference with Inverse Autoregressive Flow (Kingma et al., 2016),
+        Improved Variational Inference with Inverse Autoregressive Flow (Kingma et al., 2016),
         arXiv:1606.04934
     """
 

@@ -18,6 +18,7 @@ from torch.nn.functional import normalize, softplus
 from pyrovae._config import shape_of
 from pyrovae._distributions import diagonal_normal
 from pyrovae._flows import Flowed, zuko
+from pyrovae._part import latent_shape
 from pyrovae.guides.base import Guide
 from pyrovae.nets import Net
 
@@ -131,13 +132,11 @@ class OrthogonalSylvester(_AmortizedFlow):
         transforms: int = 4,
         num_ortho: int | None = None,
     ):
-        least = min(8, max(latent_dim, 1))
-        (self.num_ortho,) = shape_of(least if num_ortho is None else num_ortho, "num_ortho")
+        (dim,) = latent_shape(latent_dim)
+        (self.num_ortho,) = shape_of(min(8, dim) if num_ortho is None else num_ortho, "num_ortho")
+        if self.num_ortho > dim:
+            raise ValueError(f"num_ortho must be at most {dim} (latent_dim), got {num_ortho}")
         super().__init__(shape, latent_dim, net, transforms)
-        if self.num_ortho > latent_dim:
-            raise ValueError(
-                f"num_ortho must be at most {latent_dim} (latent_dim), got {num_ortho}"
-            )
 
     def step_params(self) -> int:
         """Q, R_1, R_2 and b."""

@@ -10,6 +10,7 @@ from torch.distributions.kl import register_kl
 
 from pyrovae._config import shape_of
 from pyrovae._distributions import diagonal_normal, positive
+from pyrovae._part import latent_shape
 from pyrovae.guides.base import Guide
 from pyrovae.nets import Net
 
@@ -59,10 +60,11 @@ class LowRankNormal(Guide):
         net: Net | None = None,
         rank: int | None = None,
     ):
-        (self.rank,) = shape_of(min(8, max(latent_dim, 1)) if rank is None else rank, "rank")
+        (dim,) = latent_shape(latent_dim)
+        (self.rank,) = shape_of(min(8, dim) if rank is None else rank, "rank")
+        if self.rank > dim:
+            raise ValueError(f"rank must be at most {dim} (latent_dim), got {rank}")
         super().__init__(shape, latent_dim, net)
-        if self.rank > latent_dim:
-            raise ValueError(f"rank must be at most {latent_dim} (latent_dim), got {rank}")
 
     def param_shape(self) -> tuple[int]:
         """Mean, scale and the columns of W."""

@@ -15,7 +15,7 @@ class Delta(Guide):
     density, so log p(x) cannot be estimated with it: its log density counts as 0.
 
     References:
-        Auto-encoders with a prior on the code: From Variational to Deterministic Autoencoders
+        Auto-encoders with a penalty on the code: From Variational to Deterministic Autoencoders
         (Ghosh et al., 2020), arXiv:1903.12436
     """
 

@@ -36,7 +36,10 @@ class Likelihood(Conditional):
 
         Args:
             mean: Of each entry, with shape `shape`.
-            variance: Of each entry; what cannot be met is left alone.
+            variance: Of each entry, with shape `shape`; a family without a scale has no use for it.
+
+        Returns:
+            Parameters in the order of `split`, each with shape `shape`.
         """
         return (mean,)
 
@@ -58,6 +61,6 @@ class Likelihood(Conditional):
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each entry of data `(n, *shape)`, NaN left out, 0 where nothing is."""
+    """Mean and variance of each entry of data `(n, *shape)`, NaN left out; 0 and 1 if all are."""
     mean = x.nanmean(0).nan_to_num()
-    return mean, (x - mean).square().nanmean(0).nan_to_num()
+    return mean, (x - mean).square().nanmean(0).nan_to_num(1.0)

@@ -10,17 +10,14 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyrovae._distributions import NegativeBinomial as _NegativeBinomial
+from pyrovae._distributions import Poisson as _Poisson
 from pyrovae._distributions import ZeroInflated
 from pyrovae.likelihoods.base import Likelihood, moments
 from pyrovae.nets import Net
 
 
-class Poisson(Likelihood):
-    """Counts: x_d ~ Poisson(exp(f_d(z))).
-
-    Use it for whole numbers from zero on, such as words in a text or reads of a gene, whose
-    variance given z is their mean.
-    """
+class OfCounts(Likelihood):
+    """Base of likelihoods of counts: the first parameter is the logarithm of a mean."""
 
     kind = "counts"
     support = constraints.nonnegative_integer
@@ -29,12 +26,20 @@ class Poisson(Likelihood):
         """Logarithm of a mean kept above a thousandth."""
         return (mean.clamp(min=0.001).log(),)
 
+
+class Poisson(OfCounts):
+    """Counts: x_d ~ Poisson(exp(f_d(z))).
+
+    Use it for whole numbers from zero on, such as words in a text or reads of a gene, whose
+    variance given z is their mean.
+    """
+
     def distribution(self, params: Tensor) -> dist.TorchDistribution:
         """Poisson with this logarithm of the rate."""
-        return self._independent(dist.Poisson(params.exp()))
+        return self._independent(_Poisson(params.clamp(-60, 60).exp()))  # lest float32 overflow
 
 
-class NegativeBinomial(Likelihood):
+class NegativeBinomial(OfCounts):
     r"""Counts that vary more than Poisson's: x_d has mean mu_d = exp(f_d(z)).
 
     .. math:: \text{Var}\, x_d = \mu_d + \mu_d^2 / \theta_d
@@ -47,16 +52,9 @@ class NegativeBinomial(Likelihood):
         doi:10.1038/s41592-018-0229-2
     """
 
-    kind = "counts"
-    support = constraints.nonnegative_integer
-
     def __init__(self, shape: tuple[int, ...], latent_dim: int, net: Net | None = None):
         super().__init__(shape, latent_dim, net)
         self.log_theta = nn.Parameter(torch.zeros(self.shape))
-
-    def link(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, ...]:
-        """Logarithm of a mean kept above a thousandth."""
-        return (mean.clamp(min=0.001).log(),)
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
@@ -90,8 +88,8 @@ class ZeroInflatedNegativeBinomial(NegativeBinomial):
 
     def link(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, ...]:
         """Logarithm of the mean behind the gate, and logits of a gate that is shut once in ten."""
-        log_mean = mean.clamp(min=0.001).log() - math.log(0.9)
-        return log_mean, torch.full_like(mean, math.log(0.1 / 0.9))
+        (log_mean,) = super().link(mean, variance)
+        return log_mean - math.log(0.9), torch.full_like(mean, math.log(0.1 / 0.9))
 
     def distribution(self, params: Tensor) -> dist.TorchDistribution:
         """Zero-inflated negative binomial with this log mean and these logits of the gate."""

@@ -13,8 +13,11 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from pyrovae import _levels
+from pyrovae._config import shape_of
+from pyrovae._distributions import Binomial as _Binomial
 from pyrovae._distributions import softplus_inverse
 from pyrovae._levels import CoupledLogistics, Lattice, Levels
+from pyrovae._part import data_shape
 from pyrovae.likelihoods.base import Likelihood
 from pyrovae.nets import Net
 
@@ -38,7 +41,7 @@ class OfLevels(Likelihood):
         net: Net | None = None,
         max_value: int = 255,
     ):
-        if not isinstance(max_value, int) or max_value < 1:
+        if type(max_value) is not int or max_value < 1:
             raise ValueError(f"max_value must be a whole number from 1 on, got {max_value}")
         self.max_value, self.support = max_value, Lattice(max_value)
         super().__init__(shape, latent_dim, net)
@@ -51,9 +54,6 @@ class Binomial(OfLevels):
     r"""Levels as counts of m trials: m x_d ~ Binomial(m, sigmoid(f_d(z))).
 
     Use it for scores out of m. For images it is a rough choice: the spread follows from the mean.
-
-    References:
-        Auto-Encoding Variational Bayes (Kingma & Welling, 2014), arXiv:1312.6114
     """
 
     def link(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, ...]:
@@ -62,7 +62,7 @@ class Binomial(OfLevels):
 
     def distribution(self, params: Tensor) -> dist.TorchDistribution:
         """Binomial with these logits."""
-        return self._independent(self._seen(dist.Binomial(self.max_value, logits=params)))
+        return self._independent(self._seen(_Binomial(self.max_value, logits=params)))
 
 
 class Categorical(OfLevels):
@@ -137,7 +137,7 @@ class DiscretizedLogisticMixture(OfLevels):
     Parameters per pixel and component: a weight, two for each channel, one for each pair of them.
 
     Args:
-        shape: Shape of one datum.
+        shape: Shape of one datum: channels first, or that of a vector.
         latent_dim: Number of latents.
         net: Recipe of the decoder; `MLP()` if None.
         max_value: The highest level m: 255 for 8 bits.
@@ -155,9 +155,9 @@ class DiscretizedLogisticMixture(OfLevels):
         max_value: int = 255,
         num_components: int = 5,
     ):
-        if num_components < 1:
-            raise ValueError(f"num_components must be at least 1, got {num_components}")
-        self.num_components = num_components
+        if len(sizes := data_shape(shape)) == 2:
+            raise ValueError(f"shape must be {(1, *sizes)} for one channel, got {sizes}")
+        (self.num_components,) = shape_of(num_components, "num_components")
         super().__init__(shape, latent_dim, net, max_value)
 
     def param_shape(self) -> tuple[int, ...]:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from pyrovae._distributions import OptimalNormal, diagonal_normal, positive, softplus_inverse
-from pyrovae.likelihoods.base import Likelihood
+from pyrovae._distributions import OptimalNormal, diagonal_normal, positive, positive_inverse
+from pyrovae._distributions import StudentT as _StudentT
+from pyrovae.likelihoods.base import Likelihood, moments
 from pyrovae.nets import Net
 
 
@@ -22,8 +23,9 @@ class Normal(Likelihood):
     between reconstruction and KL; a fixed scale is a choice of that balance.
 
     Optimal noise is not learned but solved for: in training every batch is scored at the scale that
-    suits it best, the root of its mean squared error, and the loss is D/2 log MSE up to a constant;
-    in evaluation the scale is one number for all data, a moving average kept with the weights.
+    suits it best, the root of its mean squared error, and the loss of the ELBO is D/2 log MSE for
+    each datum up to a constant; in evaluation the scale is one number for all data, a moving
+    average kept with the weights.
 
     Args:
         shape: Shape of one datum.
@@ -48,7 +50,7 @@ class Normal(Likelihood):
         scale: float | Literal["learned", "per-pixel", "amortized", "optimal"] = "learned",
     ):
         named = ("learned", "per-pixel", "amortized", "optimal")
-        if isinstance(scale, str) and scale not in named:
+        if isinstance(scale, bool) or (isinstance(scale, str) and scale not in named):
             raise ValueError(f"scale must be a number or one of {', '.join(named)}, got {scale!r}")
         if not isinstance(scale, str) and not 0 < scale < math.inf:
             raise ValueError(f"scale must be positive and finite, got {scale}")
@@ -67,11 +69,11 @@ class Normal(Likelihood):
         """Standard deviation of the noise, a number or shape `()` or `shape`; None if amortized."""
         if self.variance is not None:
             return self.variance.sqrt()
-        return self.fixed_scale if self.raw_scale is None else softplus(self.raw_scale) + 1e-3
+        return self.fixed_scale if self.raw_scale is None else positive(self.raw_scale)
 
     def link(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, ...]:
         """The mean, and the scale before softplus."""
-        return mean, softplus_inverse(variance.sqrt().clamp(min=0.01))
+        return mean, positive_inverse(variance.sqrt().clamp(min=0.01))
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
@@ -79,12 +81,11 @@ class Normal(Likelihood):
         new = self._is_new()
         super().initialize(x)
         if new and (self.raw_scale is not None or self.variance is not None):
-            variance = (x - x.nanmean(0)).square().nanmean(0)
+            _, variance = moments(x)
             per_pixel = self.raw_scale is not None and self.raw_scale.dim()
-            variance = variance if per_pixel else variance.nanmean()
-            variance = variance.nan_to_num(1.0).clamp(min=1e-4)
+            variance = (variance if per_pixel else variance.mean()).clamp(min=1e-4)
             if self.raw_scale is not None:
-                self.raw_scale.copy_(softplus_inverse(variance.sqrt()))
+                self.raw_scale.copy_(positive_inverse(variance.sqrt()))
             if self.variance is not None:
                 self.variance.copy_(variance)
 
@@ -114,7 +115,7 @@ class Laplace(Likelihood):
 
     def link(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, ...]:
         """The location, and the scale before softplus."""
-        return mean, softplus_inverse((variance / 2).sqrt().clamp(min=0.01))
+        return mean, positive_inverse((variance / 2).sqrt().clamp(min=0.01))
 
     def distribution(self, params: Tensor) -> dist.TorchDistribution:
         """Laplace with this location and raw scale."""
@@ -126,7 +127,7 @@ class StudentT(Likelihood):
     r"""Real data with outliers: x_d ~ f_d(z) + s_d(z) t, with t from Student's t of df degrees.
 
     Use it where a few entries may be far off. Location and scale are both functions of z; how heavy
-    the tails are is one number for all entries.
+    the tails are is one number for all entries, and not a third function of z as in the paper.
 
     Args:
         shape: Shape of one datum.
@@ -168,9 +169,9 @@ class StudentT(Likelihood):
     def link(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, ...]:
         """The location, and the scale before softplus, by the variance where it exists."""
         df = max(float(self.df), 2.5)
-        return mean, softplus_inverse((variance * (1 - 2 / df)).sqrt().clamp(min=0.01))
+        return mean, positive_inverse((variance * (1 - 2 / df)).sqrt().clamp(min=0.01))
 
     def distribution(self, params: Tensor) -> dist.TorchDistribution:
         """Student's t with this location and raw scale."""
         loc, raw = self.split(params)
-        return self._independent(dist.StudentT(self.df, loc, positive(raw)))
+        return self._independent(_StudentT(self.df, loc, positive(raw)))

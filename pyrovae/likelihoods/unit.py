@@ -39,8 +39,8 @@ class Bernoulli(Likelihood):
 class ContinuousBernoulli(Likelihood):
     """Grey values in [0, 1], with the normalising constant that a Bernoulli lacks for them.
 
-    Use it for grey images that are not binarized; the log density is that of grey values scaled to
-    [0, 1] and dequantized, brought back to the original levels.
+    Use it for grey images that are not binarized, scaled to [0, 1] and dequantized; what is
+    reported of 8-bit data is brought back to their levels.
 
     References:
         The continuous Bernoulli: fixing a pervasive error in variational autoencoders

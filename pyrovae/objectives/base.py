@@ -37,8 +37,11 @@ class Objective(Configurable, pyro.infer.ELBO):
     enumerated = True
     """Whether sites that the guide marks for enumeration are summed out."""
 
+    by_rows = False
+    """Whether the guide runs on the repeated data, so that its distributions are those of rows."""
+
     def __init__(self, num_particles: int = 1):
-        if num_particles < 1:
+        if not isinstance(num_particles, int) or num_particles < 1:
             raise ValueError(f"num_particles must be at least 1, got {num_particles}")
         super().__init__(num_particles=num_particles)
         self._said: set[tuple[str, str]] = set()
@@ -60,9 +63,6 @@ class Objective(Configurable, pyro.infer.ELBO):
             at KL weight 1. All are scalars in nats, summed over the batch.
         """
         raise NotImplementedError
-
-    by_rows = False
-    """Whether the guide runs on the repeated data, so that its distributions are those of rows."""
 
     def draw(self, guide: PyroFunction, args: Args, num_particles: int) -> Draw:
         """Draw from the guide, as `program.draw`; one that cannot do what is needed is refused.

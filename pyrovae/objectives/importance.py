@@ -67,6 +67,6 @@ class MIWAE(IWAE):
 
     def __init__(self, num_particles: int = 8, num_bounds: int = 8):
         super().__init__(num_particles)
-        if num_bounds < 1:
+        if not isinstance(num_bounds, int) or num_bounds < 1:
             raise ValueError(f"num_bounds must be at least 1, got {num_bounds}")
         self.num_bounds = num_bounds

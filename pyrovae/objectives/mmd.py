@@ -21,20 +21,23 @@ class MMD(ELBO):
 
     For codes that keep information about x where the ELBO would let them fade. With alpha = 1 there
     is no KL: a deterministic guide makes it a Wasserstein autoencoder, and a learned prior stands
-    still. The MMD is estimated within the batch, without bias, and is worth as much as the batch
-    is large; the loss of a batch counts it once per datum. Its kernel is a mean of inverse
-    multiquadrics, from a tenth to ten times the spread of the prior. All latents of a datum are
-    taken together.
+    still. The MMD is estimated within the batch, without bias for a given kernel, and is worth as
+    much as the batch is large; the loss of a batch counts it once per datum. The kernel is that of
+    Wasserstein autoencoders and not the paper's Gaussian: a mean of inverse multiquadrics, from a
+    tenth to ten times the spread of the prior. All latents of a datum are taken together. Draws of
+    the prior go through the decoder too, and count in its running statistics if it has any.
 
     Args:
         alpha: How much of the KL is left out, up to 1.
-        penalty: Lambda: with alpha it weighs the MMD, which lies between 0 and 2.
+        penalty: Lambda: with alpha it weighs the MMD, which lies between 0 and 2 (its estimate can
+            be slightly negative).
         num_particles: Draws of z per datum.
         analytic_kl: Take the KL in closed form where that is possible.
 
     References:
         InfoVAE: Balancing Learning and Inference in Variational Autoencoders (Zhao et al., 2019),
-        arXiv:1706.02262
+        arXiv:1706.02262; kernel, and alpha = 1: Wasserstein Auto-Encoders (Tolstikhin et al.,
+        2018), arXiv:1711.01558
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class MMD(ELBO):
             raise ValueError(f"penalty must be at least 1 - alpha = {1 - alpha:g}, got {penalty}")
         super().__init__(num_particles, analytic_kl, beta=1 - alpha)
         self.weight = alpha + penalty - 1
+        self.scaled = False
 
     def surrogate(
         self, model: PyroFunction, guide: PyroFunction, args: Args, kl_weight: Tensor | float = 1.0

@@ -41,8 +41,7 @@ class ScoreFunction(_AtDraws):
 
     References:
         Black Box Variational Inference (Ranganath et al., 2014), arXiv:1401.0118;
-        leave-one-out: Variational Inference for Monte Carlo Objectives (Mnih & Rezende, 2016),
-        arXiv:1602.06725
+        leave-one-out: Buy 4 REINFORCE Samples, Get a Baseline for Free! (Kool et al., 2019)
     """
 
     def __init__(
@@ -81,8 +80,9 @@ class ReweightedWakeSleep(_AtDraws):
 
     The guide learns the inclusive KL(p(z|x) || q(z|x)), so that it covers the posterior; its
     gradient gets better with K and needs no differentiable draws: for discrete latents, too. Asleep
-    it learns from data and latents that the model dreams up. The value of the loss is the first of
-    the two. Weights are normalised for each datum.
+    it learns from data and latents that the model dreams up (which count in running statistics, if
+    the decoder has any). The value of the loss is the first of the two. Weights are normalised for
+    each datum.
 
     Args:
         num_particles: K, the draws of z per datum.

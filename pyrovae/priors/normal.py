@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrovae._config import shape_of
-from pyrovae._distributions import diagonal_normal, softplus_inverse
+from pyrovae._distributions import diagonal_normal, positive_inverse
 from pyrovae._mixture import Mixture
 from pyrovae.priors.base import Prior
 
@@ -50,7 +50,7 @@ class Normal(Prior):
     def __init__(self, latent_dim: int):
         super().__init__(latent_dim)
         self.loc = nn.Parameter(torch.zeros(latent_dim))
-        self.raw_scale = nn.Parameter(_raw(torch.ones(latent_dim)))
+        self.raw_scale = nn.Parameter(positive_inverse(torch.ones(latent_dim)))
 
     def forward(self) -> dist.TorchDistribution:
         """N(mu, diag(sigma^2))."""
@@ -80,7 +80,7 @@ class GaussianMixture(Prior):
         spread = 0.5
         self.loc = nn.Parameter(spread * torch.randn(num, latent_dim))
         start = torch.full((num, latent_dim), math.sqrt(1 - spread**2))
-        self.raw_scale = nn.Parameter(_raw(start))
+        self.raw_scale = nn.Parameter(positive_inverse(start))
         self.log_weights = nn.Parameter(torch.zeros(num))
 
     def forward(self) -> dist.TorchDistribution:
@@ -91,8 +91,3 @@ class GaussianMixture(Prior):
 def _normal(params: Tensor) -> dist.TorchDistribution:
     loc, raw = params.chunk(2, -1)
     return diagonal_normal(loc, raw, 1)
-
-
-def _raw(scale: Tensor) -> Tensor:
-    """What `diagonal_normal` makes this scale of."""
-    return softplus_inverse(scale - 1e-4)

@@ -22,7 +22,8 @@ class VampPrior(Prior):
     encoding the pseudo-inputs at every step. It needs a guide that scores any z.
 
     The pseudo-inputs start at training data when `fit` begins. They are not held in the range of
-    the data, as the paper's are in [0, 1]: the density is one for any of them.
+    the data, as the paper's are in [0, 1]: the density is one for any of them. In an encoder with
+    batch normalisation they count in the running statistics beside the data.
 
     Args:
         shape: Shape of one datum.
