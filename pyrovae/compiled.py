@@ -15,13 +15,14 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+Function = TypeVar("Function", bound=Callable[..., Sequence[Any]])
 Step = Callable[..., tuple[Tensor, Sequence[Tensor]]]
 
 TOLERANCE = 1e-4
@@ -66,64 +67,67 @@ def _laid_out(grad: Tensor, param: Tensor) -> Tensor:
     return grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)
 
 
-def compile_step(
-    step: Step,
+def compile_function(
+    function: Function,
     args: Sequence[Tensor],
     trial: Sequence[Tensor],
     kept: Callable[[], AbstractContextManager],
-    fallback_random: bool = False,
-) -> Step | None:
-    """Trace and compile a step for arguments of these shapes; None, with a warning, where it fails.
+    task: str,
+) -> Function | None:
+    """Trace and compile a function for arguments of these shapes.
 
-    It fails too where the graph says something else than the program on other arguments: what
-    Python or numpy draws or decides is frozen in a graph.
+    None comes back, with a warning, if that fails; also where the graph says something else than
+    the function on other arguments: what Python or numpy draws or decides is frozen in a graph.
 
     Args:
-        step: What `with_gradients` returns.
+        function: From tensors to tensors or sequences of tensors.
         args: Example arguments, to trace with.
-        trial: Other arguments of the same shapes, to compare graph and step on.
+        trial: Other arguments of the same shapes, to compare graph and function on.
         kept: Puts random state and buffers back: runs here draw numbers and move batch statistics.
-        fallback_random: Draw the very noise of eager runs, at a little cost in speed.
+        task: What runs uncompiled where it fails, for the warning.
     """
     # Says that there is no GPU on machines with a CUDA toolkit.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    options: dict[str, Any] = {"fallback_random": True} if fallback_random else {}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with kept():
-                graph = make_fx(step)(*args)
-            _refuse_frozen(step, torch.no_grad()(graph), trial, kept)
-            compiled = torch.no_grad()(torch.compile(graph, options=options))
+                graph = make_fx(function)(*args)
+            _refuse_frozen(function, torch.no_grad()(graph), trial, kept)
+            # Torch's noise, that of eager runs, is quicker on a CPU than the compiler's own.
+            made: Any = torch.compile(graph, options={"fallback_random": True})
+            compiled = torch.no_grad()(made)
             with kept():
                 compiled(*args)
     except Exception as error:  # whatever Pyro, the tracer, the compiler or a toolchain raises
         reason = " ".join(str(error).split("\n")[:2]).strip() or type(error).__name__
         warnings.warn(
-            f"training runs uncompiled: the program could not be compiled ({reason})", stacklevel=2
+            f"{task} runs uncompiled: the program could not be compiled ({reason})", stacklevel=2
         )
         return None
     return compiled
 
 
 def _refuse_frozen(
-    step: Step, graph: Step, trial: Sequence[Tensor], kept: Callable[[], AbstractContextManager]
+    function: Function,
+    graph: Function,
+    trial: Sequence[Tensor],
+    kept: Callable[[], AbstractContextManager],
 ) -> None:
-    """Compare a graph with its program under the same noise: the operations are the same too."""
+    """Compare a graph with its function under the same noise: the operations are the same too."""
     with kept():
-        terms, grads = step(*trial)
+        expected = function(*trial)
     with kept():
-        found, found_grads = graph(*trial)
-    pairs = [("loss", terms, found), ("gradient", _flat(grads), _flat(found_grads))]
-    for what, expected, given in pairs:
-        given, expected = given.nan_to_num(), expected.nan_to_num()
-        off = float((given - expected).norm() / expected.norm().clamp(min=1e-30))
+        found = graph(*trial)
+    for exact, given in zip(map(_flat, expected), map(_flat, found), strict=True):
+        off = float((given - exact).norm() / exact.norm().clamp(min=1e-30))
         if off > TOLERANCE:
             raise ValueError(
-                f"the {what} of its graph is off by a fraction {off:.2g} on another batch: numbers "
-                "drawn or decisions taken outside torch are frozen in a graph"
+                f"on other data its graph is off by a fraction {off:.2g}: numbers drawn or "
+                "decisions taken outside torch are frozen in a graph"
             )
 
 
-def _flat(grads: Sequence[Tensor]) -> Tensor:
-    return torch.cat([grad.flatten() for grad in grads])
+def _flat(output: Tensor | Sequence[Tensor]) -> Tensor:
+    parts = [output] if isinstance(output, Tensor) else output
+    return torch.cat([part.flatten() for part in parts]).nan_to_num()

@@ -216,7 +216,7 @@ class Loop:
             if self.compile:
                 _log.info("compiling the training step")
                 trial = (self._kl_weight(0) / 2, *self._stored(len(self.data) - 1 - rows))
-                fast = compiled.compile_step(step, example, trial, kept)
+                fast = compiled.compile_function(step, example, trial, kept, "training")
                 self.compile, step = fast is not None, fast or step
         return step
 

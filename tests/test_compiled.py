@@ -63,9 +63,7 @@ def steps():
     state = {name: t.clone() for name, t in program.state_dict().items()}
     with pyro.validation_enabled(False):
         args, trial = (torch.tensor(1.0), x8), (torch.tensor(0.5), 255 - x8)
-        fast = compiled.compile_step(
-            eager, args, trial, torch.random.fork_rng, fallback_random=True
-        )
+        fast = compiled.compile_function(eager, args, trial, torch.random.fork_rng, "it")
     assert fast is not None
     program.load_state_dict(state)
     return program, eager, fast, x8
@@ -252,14 +250,14 @@ def test_without_a_compiler_training_runs_eagerly_with_one_warning(monkeypatch, 
 
 def test_a_compiled_run_ends_where_an_eager_one_does(monkeypatch):
     """KL warm-up, learning-rate schedule, clipping: nothing is frozen in the graph."""
-    original = compiled.compile_step
+    original = compiled.compile_function
     made = []
 
     def same_noise(*args):
-        made.append(original(*args, fallback_random=True))
+        made.append(original(*args))
         return made[-1]
 
-    monkeypatch.setattr(compiled, "compile_step", same_noise)
+    monkeypatch.setattr(compiled, "compile_function", same_noise)
     program, same = Linear(), Linear()
     options = {"epochs": 6, "kl_warmup": 3, "lr": 0.05, "clip_norm": 1.0}
     fast, eager = fit(program, compile=True, **options), fit(same, compile=False, **options)

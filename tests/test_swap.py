@@ -213,7 +213,7 @@ def test_every_part_compiled(row: tuple[str, ...]) -> None:
     first, second = (torch.tensor(0.7), x), (torch.tensor(0.3), other)
     kept = functools.partial(program.undisturbed, vae.model, vae.guide)
     with program.validation(False):
-        fast = compiled.compile_step(step, first, second, kept, fallback_random=True)
+        fast = compiled.compile_function(step, first, second, kept, "it")
         assert fast is not None
         results = []
         for run in (step, fast):
