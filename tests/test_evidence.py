@@ -1,6 +1,7 @@
 """log p(x): equal to what is known, and honest where it is not; nothing of the caller's changes."""
 
 import copy
+import json
 import math
 import os
 import subprocess
@@ -16,7 +17,8 @@ from torch import nn
 
 import pyrovae
 from pyrovae import VAE, data, elbo, guides, likelihoods, log_px, nets, priors
-from pyrovae.evidence import LogPx, diagnostics, importance
+from pyrovae.evidence import LogPx, diagnostics, walk
+from pyrovae.evidence import weights as log_weights
 
 EXACT, WIDE = PPCA(), PPCA(width=1.3)
 X = EXACT.sample(11)
@@ -208,6 +210,17 @@ def test_shards_and_the_whole_agree_bit_for_bit():
     assert torch.equal(again.values, whole.values)
     assert not torch.equal(log_px(WIDE.model, WIDE.guide, X, 300, seed=5).values, whole.values)
     assert log_px(WIDE.model, WIDE.guide, X, 3).seed != log_px(WIDE.model, WIDE.guide, X, 3).seed
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers():
+    given = {"seed": 4, "block_size": 4, "blocks": [1, 2]}
+    theirs = {name: np.array(value) for name, value in given.items()}
+    result = log_px(WIDE.model, WIDE.guide, X, np.int64(30), **theirs)
+    same = log_px(WIDE.model, WIDE.guide, X, 30, **given)
+    assert torch.equal(result.values, same.values)
+    assert json.loads(json.dumps(result.summary())) == same.summary()
+    bound = elbo(WIDE.model, WIDE.guide, X, np.int32(5), np.uint8(1))
+    assert torch.equal(bound, elbo(WIDE.model, WIDE.guide, X, 5, 1))
 
 
 def test_blocks_have_their_own_noise():
@@ -540,6 +553,11 @@ def test_arguments_are_checked():
         log_px(*run, X, 5, method="harmonic")
     with pytest.raises(ValueError, match="block_size must be at least 1"):
         log_px(*run, X, 5, block_size=0)
+    for wrong in ({"seed": 1.5}, {"block_size": "8"}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be a whole number, got "):
+            log_px(*run, X, 5, **wrong)
+    with pytest.raises(ValueError, match=r"num_particles must be a whole number, got 2\.0"):
+        elbo(*run, X, 2.0)
     for wrong in ([2], [-1], [], [0, 5]):
         with pytest.raises(ValueError, match="blocks must be among 0 to 1"):
             log_px(*run, X, 500, blocks=wrong)
@@ -588,8 +606,44 @@ def test_rows_run_together():
         EXACT.model(x)
 
     log_px(model, EXACT.guide, X, 1000)
-    assert max(calls) == importance.ROWS
+    assert max(calls) == walk.ROWS
     assert sum(calls) < 11 * 1000 + 200
+
+
+@pytest.mark.parametrize(("num_data", "expected"), [(4, False), (5, True)])
+def test_what_pays_is_compiled_by_all_data(num_data, expected, monkeypatch):
+    """Also where a part of the blocks is run, which must get the noise of the whole."""
+    asked = []
+    monkeypatch.setattr(log_weights, "COMPILE_PARTICLES", 5 * 500)
+    monkeypatch.setattr(
+        log_weights.compiled, "compile_function", lambda *args: asked.append(args[-1])
+    )
+    how = {"seed": 0, "block_size": 2, "blocks": [0]}
+    log_px(EXACT.model, EXACT.guide, X[:1].expand(num_data, -1), 500, **how)
+    assert asked == ["log p(x)"] * expected
+
+
+@pytest.mark.slow
+def test_compiled_log_px_is_that_of_eager():
+    """All but the noise: two hundred data, so that the mean of z-scores has an error of 0.07."""
+    torch.manual_seed(0)
+    net = nets.MLP((20,))
+    vae = VAE(
+        priors.StandardNormal(3),
+        likelihoods.Bernoulli((10,), 3, net),
+        guides.Normal((10,), 3, net),
+    )
+    x = torch.bernoulli(torch.full((203, 10), 0.3))
+    how = {"num_particles": 450, "seed": 0}
+    plain = log_px(vae.model, vae.guide, x, **how, compile=False)
+    fast = log_px(vae.model, vae.guide, x, **how, compile=True)
+    assert not torch.equal(fast.values, plain.values)
+    error = (fast.std_error.square() + plain.std_error.square()).sqrt()
+    z = (fast.values - plain.values)[:200] / error[:200]
+    assert abs(z.mean()) < 0.3
+    assert 0.8 < z.std() < 1.25
+    some = log_px(vae.model, vae.guide, x, **how, compile=True, blocks=[0, 3])
+    torch.testing.assert_close(some.values, fast.values[[*range(8), *range(24, 32)]])
 
 
 PEAK = """

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrovae import program
 from pyrovae.evidence import diagnostics
 from pyrovae.evidence.result import LogPx
-from pyrovae.evidence.walk import ROWS, Walk
+from pyrovae.evidence.walk import Walk
+from pyrovae.evidence.weights import Weigher, weigher
 from pyrovae.program import Args, PyroFunction
 
 
@@ -44,12 +44,14 @@ def elbo(
     Args:
         model: p(x, z), a Pyro function of x.
         guide: q(z|x), a Pyro function of x.
-        x: Data: a tensor `(N, *shape)`, a tuple of tensors, or a split of a data set.
+        x: Data: a tensor `(N, *shape)`, a tuple of tensors, or a split of a data set (whose units
+            the result then has).
         num_particles: K, the number of draws per datum.
         seed: Of the noise; None takes a new one.
 
     Returns:
-        Nats, with shape `(N,)`.
+        Nats, with shape `(N,)`. For a split its `log_det` is added: the bound is on the density of
+        the data as they were before they were scaled or standardized.
 
     Raises:
         ValueError: If `num_particles` is less than one, or the program cannot be scored per datum.
@@ -58,9 +60,10 @@ def elbo(
         Auto-Encoding Variational Bayes (Kingma & Welling, 2014), arXiv:1312.6114
     """
     walk = Walk(model, guide, x, num_particles, seed)
+    weigh = weigher(walk, compile=False)
 
     def bound(args: Args, index: slice) -> Tensor:
-        log_w = _log_weights(walk, args)
+        log_w = weigh(args).double()
         return log_w.mean(0) + walk.split.log_det[index].to(log_w)
 
     return torch.cat(walk.map(bound))
@@ -78,6 +81,7 @@ def log_px(
     block_size: int | None = None,
     blocks: Sequence[int] | None = None,
     shared: bool = False,
+    compile: bool | None = None,
     progress: bool = False,
 ) -> LogPx:
     """Importance-weighted estimate of log p(x) for each datum, with its diagnostics.
@@ -99,6 +103,8 @@ def log_px(
         blocks: Numbers of the blocks to run; None runs all. `LogPx.join` joins them.
         shared: Divide the blocks among the processes of torch's process group; all must call, and
             each gets the whole result.
+        compile: Compile the log weights; None compiles where K times the number of data pays for
+            it. Other noise.
         progress: Show a bar.
 
     Returns:
@@ -125,17 +131,12 @@ def log_px(
     if method != "importance":
         raise ValueError(f"method must be 'importance', got {method!r}")
     walk = Walk(model, guide, x, num_particles, seed, dtype, block_size, blocks)
-    estimate = functools.partial(_estimate, walk)
+    estimate = functools.partial(_estimate, walk, weigher(walk, compile))
     return LogPx.join(walk.map(estimate, progress=progress, shared=shared))
 
 
-def _log_weights(walk: Walk, args: Args) -> Tensor:
-    model, guide = walk.programs.model, walk.programs.guide
-    return program.log_weights(model, guide, args, walk.num_particles, ROWS).double()
-
-
-def _estimate(walk: Walk, args: Args, index: slice) -> LogPx:
-    log_w = _log_weights(walk, args)
+def _estimate(walk: Walk, weigh: Weigher, args: Args, index: slice) -> LogPx:
+    log_w = weigh(args).double()
     if not (log_w < math.inf).all():
         raise ValueError(
             "a log weight is NaN or infinite: model or guide gives a density that is not a number "
