@@ -115,8 +115,8 @@ class _Parser(ArgumentParser):
         if found := re.search(r"arguments are required: ([\w., -]+)", words):
             return f"pyrovae {self.command} needs {found[1].upper()}; {see}"
         if found := re.search(r'Parser key "([\w.]+)": (.+)', words):
-            value = re.search(r"[Gg](?:ot|iven) value: (.+)$", found[2])
-            came = f", got {value[1]!r}" if value else ""
+            value = re.search(r".*[Gg](?:ot|iven) value: (.+)$", found[2])  # the last is the whole
+            came = f", got {_typed(value[1])!r}" if value else ""
             return f"--{dashed(found[1])} must be {self._expected(found[1])}{came}"
         return f"{words}; {see}"
 
@@ -129,8 +129,9 @@ class _Parser(ArgumentParser):
             return f"--{dashed(name)}: name the {owner} it belongs to with --{owner}; {see}"
         if owner:
             part = self.chosen[owner]
-            takes = ", ".join(f"--{owner}.{dashed(flag)}" for flag in _catalogue.flags(part))
-            return f"--{dashed(name)}: {part.__name__} takes {takes or 'no flags'}; {see}"
+            known = [*_catalogue.flags(part), *(role for role in ROLES if role in parameters(part))]
+            takes = ", ".join(f"--{owner}.{dashed(flag)}" for flag in known) or "no flags"
+            return f"--{dashed(name)}: {part.__name__} takes {takes}; see pyrovae parts"
         names = [dashed(known) for known in parameters_of(self.target)]
         return f"there is no flag --{dashed(name)}{nearest(dashed(option), names, '--')}; {see}"
 
@@ -167,6 +168,11 @@ def _normalised(argv: Sequence[str], target: Callable[..., Any]) -> list[str]:
 def _bracketed(word: str) -> str:
     """`50,20` as `[50,20]`; any other word as it is."""
     return f"[{word}]" if re.fullmatch(r"[^\[{]+(,[^\[{]*)+", word) else word
+
+
+def _typed(value: str) -> str:
+    """A value as it was typed: `a,b` where the parser was given `['a', 'b']`."""
+    return re.sub(r"[' ]", "", value[1:-1]) if value.startswith("[") else value
 
 
 def _part_names(words: list[str], roles: list[str]) -> tuple[dict[str, type[Any]], list[str]]:

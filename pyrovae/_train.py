@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
-import resource
 import shlex
 import sys
 import textwrap
@@ -14,11 +14,12 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 
 from pyrovae import _processes, data, guides, likelihoods, nets, objectives, plotting, priors
+from pyrovae._catalogue import ROLES, expected
 from pyrovae._config import Config, class_path, find_class, from_config, parameters
 from pyrovae.data import DataSet, Split
 from pyrovae.evidence import latents, log_px
@@ -61,18 +62,19 @@ class Settings:
         data: digits, mnist, fashion-mnist, binarized-mnist, omniglot, frey-faces; or your own: a
             .npy, .npz, .pt or .csv file, or a folder of images.
         data_root: Folder with the files of the named sets; default: $PYROVAE_DATA.
-        kind: How values are read: binary, grey, levels, real or counts; default: as the likelihood
-            named wants grey pixels, else detected.
+        kind: How values are read: binary, grey, levels, real or counts; default: levels or counts
+            where the likelihood named is of those, else detected.
         binarize: Grey pixels to zeros and ones: dynamic (drawn afresh in training), fixed (drawn
-            once) or none; default: none where the likelihood named wants grey or real values, else
-            dynamic for the named sets of digits and characters, none for others.
+            once) or none; default: none where the likelihood named is of anything but zeros and
+            ones, else dynamic for the named sets of digits and characters, none for others.
         dequantize: Add uniform noise to grey levels; default: where they are not binarized.
         standardize: Scale real data to mean 0 and variance 1; default: yes.
         missing: NaN, or an empty cell, marks a missing entry.
         data_seed: Seed of splits and of noise that is drawn once.
         prior: p(z).
         likelihood: p(x|z); default: Bernoulli for binary data, and so on by the kind of data.
-        guide: q(z|x).
+        guide: q(z|x); below the top of several layers inferred top-down, where a diagonal normal is
+            needed, the default takes the place of one that is none.
         net: Network of likelihood and guide; --guide.net and --likelihood.net give one its own. One
             for images has the default in its place between layers of latents.
         latent_dim: Number of latents; several, such as 100,50, make as many layers, the first next
@@ -154,7 +156,8 @@ class Settings:
 
     def _check_layers(self) -> None:
         if min(self.latent_dims, default=0) < 1:
-            raise ValueError(f"--latent-dim must be at least 1, got {self.latent_dim}")
+            got = ",".join(map(str, self.latent_dims)) or "nothing"
+            raise ValueError(f"--latent-dim must be at least 1, got {got}")
         if self.inference not in (None, *INFERENCE):
             known = " or ".join(INFERENCE)
             raise ValueError(f"--inference must be {known}, got {self.inference!r}")
@@ -202,10 +205,40 @@ def saved_settings(run: Run) -> Settings:
     saved = run.config.get("settings")
     if saved is None:
         raise ValueError(f"{run.path} holds a saved model, not a run of pyrovae train")
+    _check_saved(saved, run.path)
     try:
         return Settings(**saved)
     except TypeError as error:
         raise ValueError(f"{run.path} is of another version of pyrovae: {error}") from error
+
+
+def _check_saved(saved: Any, path: Path) -> None:
+    """Refuse settings that no command wrote."""
+    if not isinstance(saved, dict):
+        raise ValueError(f"the settings in {path} are damaged: expected an object")
+    known = inspect.signature(Settings).parameters
+    for name, hint in get_type_hints(Settings).items():
+        if name in saved and not _fits(saved[name], get_args(hint) or (hint,)):
+            what = "class_path and init_args" if name in ROLES else expected(known[name])
+            raise ValueError(f"the settings in {path} are damaged: {name} must be {what}")
+
+
+def _fits(value: Any, kinds: tuple[Any, ...]) -> bool:
+    """Whether a value read from JSON is of one of these kinds."""
+    if Config in kinds:
+        return _is_config(value) or (value is None and type(None) in kinds)
+    plain = tuple(list if get_origin(kind) else kind for kind in kinds)
+    return isinstance(value, (*plain, int) if float in plain else plain)
+
+
+def _is_config(value: Any) -> bool:
+    """Whether it is the configuration of a part, those of the parts inside included."""
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("class_path"), str)
+        and isinstance(value.get("init_args"), dict)
+        and all(_is_config(v) for v in value["init_args"].values() if isinstance(v, dict))
+    )
 
 
 def check_same_data(run: Run, dataset: DataSet) -> None:
@@ -249,36 +282,47 @@ def build(settings: Settings, dataset: DataSet) -> tuple[VAE, Objective]:
         vae: VAE = _hierarchy(settings, likelihood, given)
     else:
         vae = VAE(
-            _made(settings.prior, given),
-            _made(likelihood, given),
-            _made(settings.guide, given),
+            _made("prior", settings.prior, given),
+            _made("likelihood", likelihood, given),
+            _made("guide", settings.guide, given),
             missing=settings.missing,
         )
     for split in (dataset.train, dataset.valid, dataset.test):
         check_data(vae.model, vae.guide, split)
-    return vae, from_config(settings.objective)
+    return vae, _made("objective", settings.objective, {})
 
 
 def _hierarchy(settings: Settings, likelihood: Config, given: dict[str, Any]) -> VAE:
     """The VAE with several layers that the settings describe."""
     kind, dims = INFERENCE[settings.inference or "bottom-up"], settings.latent_dims
     inner = {"net": _for_vectors(settings.net)}
-    first: Any = settings.guide
-    own = {name: _for_vectors(value) for name, value in first["init_args"].items()}
-    layers = [_made(first, given)]
-    for dim in dims[1:]:
+    below = _below_the_top(settings)
+    layers = [_made("guide", below, given)]
+    for layer, dim in enumerate(dims[1:], 2):
+        config: Any = settings.guide if layer == len(dims) else below
+        own = {name: _for_vectors(value) for name, value in config["init_args"].items()}
         shape = list(kind.shape_above(layers[-1]))
-        layers.append(
-            _made(first | {"init_args": own}, inner | {"shape": shape, "latent_dim": dim})
-        )
+        given_here = inner | {"shape": shape, "latent_dim": dim}
+        layers.append(_made("guide", config | {"init_args": own}, given_here))
     conditional = {"class_path": class_path(guides.DEFAULT), "init_args": {}}
     conditionals = [
-        _made(conditional, inner | {"shape": [above], "latent_dim": dim})
+        _made("guide", conditional, inner | {"shape": [above], "latent_dim": dim})
         for dim, above in pairwise(dims)
     ]
     top = inner | {"shape": list(layers[-1].shape), "latent_dim": dims[-1]}
-    prior = _made(settings.prior, top)
-    return kind(prior, conditionals, _made(likelihood, given), layers, missing=settings.missing)
+    prior = _made("prior", settings.prior, top)
+    px = _made("likelihood", likelihood, given)
+    return kind(prior, conditionals, px, layers, missing=settings.missing)
+
+
+def _below_the_top(settings: Settings) -> Config:
+    """The guide of the layers below the top: the default where the one named will not do there."""
+    named: Any = settings.guide
+    family: Any = find_class(named["class_path"])
+    if settings.inference != "top-down" or family.is_diagonal_normal:
+        return named
+    net = {name: value for name, value in named["init_args"].items() if name == "net"}
+    return {"class_path": class_path(guides.DEFAULT), "init_args": net}
 
 
 def _for_vectors(value: Any) -> Any:
@@ -307,18 +351,32 @@ def wrapped(text: str) -> str:
     return textwrap.fill(text, 98)
 
 
-def _made(config: Any, given: dict[str, Any]) -> Any:
-    """A part of its configuration and what data and other flags say, as far as it takes that."""
+def _made(flag: str, config: Any, given: dict[str, Any]) -> Any:
+    """A part of its configuration and what data and other flags say, as far as it takes that.
+
+    Raises:
+        ValueError: If the part refuses its arguments: with the flag that names it in front.
+    """
     takes = parameters(find_class(config["class_path"]))
-    own = {name: value for name, value in given.items() if name in takes}
-    return from_config(config | {"init_args": own | config["init_args"]})
+    args = {name: value for name, value in given.items() if name in takes} | config["init_args"]
+    for name, value in args.items():
+        if isinstance(value, dict):
+            place = f"{flag}.{name}" if name in config["init_args"] else name
+            args[name] = _made(place, value, {})
+    try:
+        return from_config(config | {"init_args": args})
+    except ValueError as error:
+        raise ValueError(f"--{flag}: {error}") from error
 
 
 def _reading(likelihood: Config | None) -> dict[str, str]:
-    """How grey data are read for the likelihood that is named, by the kind of data it takes."""
+    """How data are read for the likelihood that is named, by the kind of data it takes.
+
+    Levels are whole numbers, which are grey pixels or counts as the likelihood has it.
+    """
     kind = getattr(find_class(likelihood["class_path"]), "kind", None) if likelihood else None
-    if kind == "levels":
-        return {"kind": "levels"}
+    if kind in ("levels", "counts"):
+        return {"kind": kind}
     return {"binarize": "none"} if kind in ("grey", "real") else {}
 
 
@@ -381,15 +439,26 @@ def _train_one(settings: Settings, dataset: DataSet, run: Run) -> None:
     if not leads:
         return
     draw(run, vae, dataset.test)
+    scores = [row["valid_elbo"] for row in history]
     run.summarize(
         epochs=len(history),
-        valid_elbo=max(row["valid_elbo"] for row in history if math.isfinite(row["valid_elbo"])),
+        valid_elbo=max(filter(math.isfinite, scores), default=math.nan),
         train_seconds=trained,
         seconds=time.perf_counter() - start,
-        peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        peak_memory_mb=_peak_memory_mb(),
     )
     print("\n".join(map(wrapped, told)))
     print(f"Run in {run.path}, figures in {run.path / 'figures'}")
+
+
+def _peak_memory_mb() -> float:
+    """The most memory that this process held at once, in MiB; NaN where nobody counts."""
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return math.nan
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def _describe(settings: Settings, dataset: DataSet, run: Run, vae: VAE) -> None:
@@ -458,7 +527,8 @@ def _fit(
             raise
         raise ValueError(f"{error}; to start anew, train with --out and --overwrite") from error
     except NonFiniteLoss as error:
-        raise NonFiniteLoss(f"{error}; the last good checkpoint is {run.checkpoint}") from error
+        words = str(error).replace(" lr,", " --lr,").replace("clip_norm=100", "--clip-norm 100")
+        raise NonFiniteLoss(f"{words}; the last good checkpoint is {run.checkpoint}") from error
     if _processes.leads():
         run.write_metrics(history)
     return history
@@ -494,9 +564,10 @@ def _report_seeds(run: Run, runs: Sequence[Run]) -> None:
 def _introduction(dataset: DataSet, vae: VAE) -> str:
     sizes = " / ".join(f"{len(s):,}" for s in (dataset.train, dataset.valid, dataset.test))
     weights = sum(p.numel() for p in vae.parameters())
-    encoder = vae.encoders[0] if isinstance(vae, HierarchicalVAE) else vae.encoder
-    parts = (vae.prior, vae.likelihood, encoder)
-    prior, likelihood, guide = (type(part).__name__ for part in parts)
+    encoders = vae.encoders if isinstance(vae, HierarchicalVAE) else [vae.encoder]
+    prior, likelihood = type(vae.prior).__name__, type(vae.likelihood).__name__
+    families = [type(encoder).__name__ for encoder in encoders]
+    guide = families[0] if len(set(families)) == 1 else " + ".join(families)
     latents = " + ".join(map(str, vae.latent_dims))
     return (
         f"{dataset.name}: {sizes} train / valid / test, {dataset.preprocess.describe()}. "

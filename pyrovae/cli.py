@@ -102,7 +102,7 @@ def encode_command(
     file = _writable(out or folder.path / "codes.npz")
     with torch.no_grad():
         q = [vae.eval().posterior(split[slice(i, i + 1000)]) for i in range(0, len(split), 1000)]
-    codes = {"loc": torch.cat([p.mean for p in q]), "scale": torch.cat([p.stddev for p in q])}
+        codes = {"loc": torch.cat([p.mean for p in q]), "scale": torch.cat([p.stddev for p in q])}
     _save_arrays(file, codes if split.y is None else codes | {"y": split.y})
     print(f"{len(split):,} codes in {file}")
 

@@ -239,11 +239,14 @@ class Run:
         _write_csv(self.path / METRICS, self._rows)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The rows of metrics.csv; none if it is not there."""
+        """The rows of metrics.csv; none if it is not there.
+
+        Raises:
+            ValueError: If it is damaged.
+        """
         if not (self.path / METRICS).exists():
             return []
-        with open(self.path / METRICS, newline="") as file:
-            rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+        rows = _read_csv(self.path / METRICS, "epoch")
         return [row | {"epoch": int(row["epoch"])} for row in rows]
 
     def add_log_px(self, result: LogPx, name: str = "log_px") -> None:
@@ -263,12 +266,15 @@ class Run:
         self.write_json(f"{name}.json", result.summary() | {"made_by": made_by()})
 
     def per_datum(self, name: str = "log_px") -> torch.Tensor | None:
-        """Log p(x) of each datum as written by `add_log_px`, shape `(N,)`; None if it was not."""
+        """Log p(x) of each datum as written by `add_log_px`, shape `(N,)`; None if it was not.
+
+        Raises:
+            ValueError: If the file is damaged.
+        """
         file = self.path / f"{name}.csv"
         if not file.exists():
             return None
-        with open(file, newline="") as rows:
-            return torch.tensor([float(row["log_px"]) for row in csv.DictReader(rows)])
+        return torch.tensor([row["log_px"] for row in _read_csv(file, "log_px")])
 
     def summarize(self, **numbers: float) -> None:
         """Write summary.json: what the run cost and came to."""
@@ -366,6 +372,8 @@ def _as_saved(vae: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
 def _read_config(folder: Path, must_exist: bool = False) -> dict[str, Any]:
     file = folder / CONFIG
     if not file.is_file():
+        if must_exist and folder.is_file():
+            raise ValueError(f"{folder} is a file: name the folder of a run or saved model")
         if must_exist:
             raise ValueError(f"{folder} is no run or saved model: it has no {CONFIG}")
         return {}
@@ -392,6 +400,25 @@ def _strict(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_strict(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _read_csv(file: Path, column: str) -> list[dict[str, float]]:
+    """Rows of numbers, with a column of this name among them.
+
+    Raises:
+        ValueError: If they are not, or the last is cut short.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+        rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(text.splitlines())]
+        if not text.endswith("\n") or any(column not in row for row in rows):
+            raise ValueError
+    except (ValueError, TypeError, csv.Error) as error:
+        raise ValueError(
+            f"{file} is damaged or cut short: expected rows of numbers under a header with "
+            f"{column!r}. Remove it to go on without"
+        ) from error
+    return rows
 
 
 def _write_csv(file: Path, rows: Sequence[dict[str, Any]]) -> None:

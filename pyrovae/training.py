@@ -92,8 +92,10 @@ def fit(
         resume: Continue from that file.
 
     Returns:
-        One row per epoch: epoch, elbo, reconstruction, kl (nats per datum at KL weight 1), the same
-        with `valid_` in front, lr, kl_weight and seconds.
+        One row per epoch: epoch; elbo, reconstruction and kl, with several latents also kl_SITE of
+        each, in nats per datum at KL weight 1, and what else the objective reports; with validation
+        data the terms of the ELBO with `valid_` in front, and valid_active_units, the number of
+        active latents on up to 500 of them; lr, kl_weight and seconds.
 
     Raises:
         TypeError: If `vae` has no model and guide, or the objective is no Pyro `ELBO`.

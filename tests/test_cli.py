@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import pytest
 import torch
 
 import pyrovae
-from pyrovae import _catalogue, cli
+from pyrovae import _catalogue, _flags, _train, cli
+from pyrovae._train import Settings, load_data, saved_settings
 from pyrovae.runs import Run
 
 FAST = ("--epochs", "2", "--num-particles", "3", "--latent-dim", "2", "--net.hidden", "5")
@@ -255,6 +257,45 @@ def test_what_newcomers_try(pv: Callable[..., Ran], words: tuple[str, ...]) -> N
     assert pv("log-px", "run", "--num-particles", 3)[0] == 0
 
 
+def test_codes_of_a_guide_whose_mean_is_taken_from_draws(pv: Callable[..., Ran]) -> None:
+    words = ("--data", "labelled.npz", "--guide", "IAF", "--guide.transforms", "2")
+    assert pv("train", *FAST, *words, "--binarize", "fixed", "--out", "run")[0] == 0
+    code, out, err = pv("encode", "run")
+    assert (code, out, err) == (0, "4 codes in run/codes.npz\n", "")
+    codes = np.load("run/codes.npz")
+    assert np.isfinite(codes["loc"]).all()
+    assert (codes["scale"] > 0).all()
+
+
+def test_grey_levels_are_counts_to_a_likelihood_of_counts(pv: Callable[..., Ran]) -> None:
+    counts = ("--data", "digits", "--likelihood", "Poisson")
+    code, out, err = pv("train", *FAST, *counts, "--epochs", 1, "--out", "run")
+    assert (code, err) == (0, "")
+    assert "counts as stored" in out
+    seen = load_data(saved_settings(Run("run"))).test[slice(0, 300)]
+    assert seen.max() == 16
+    settings = {"kind": "grey", "binarize": "fixed"}  # flags prevail
+    chosen = replace(saved_settings(Run("run")), **settings)
+    assert load_data(chosen).kind == "binary"
+
+
+def test_top_down_takes_any_guide_for_the_top_layer(pv: Callable[..., Ran]) -> None:
+    layers = ("--latent-dim", "4,3,2", "--inference", "top-down", "--net.hidden", 5)
+    guide = ("--guide", "IAF", "--guide.transforms", "2", "--guide.net", "MLP")
+    words = (*FAST[:4], "--data", "binary.npy", *layers, *guide, "--guide.net.hidden", 7)
+    code, out, err = pv("train", *words, "--out", "run")
+    assert (code, err) == (0, "")
+    assert "guide Normal + Normal + IAF" in " ".join(out.split())
+    vae: Any = pyrovae.load("run")
+    assert [type(encoder).__name__ for encoder in vae.encoders] == ["Normal", "Normal", "IAF"]
+    assert {encoder.net.head.in_features for encoder in vae.encoders} == {7}
+    assert pv("encode", "run")[0] == 0
+    given = _flags.parse("train", Settings, [*map(str, words), "--inference", "bottom-up"])
+    settings = Settings(**given)
+    vae, _ = _train.build(settings, load_data(settings))
+    assert [type(encoder).__name__ for encoder in vae.encoders] == ["IAF"] * 3
+
+
 def test_flags_reach_the_parts(pv: Callable[..., Ran]) -> None:
     words = ("--guide.net", "MLP", "--guide.net.hidden", "3,4", "--likelihood", "Normal")
     pv("train", *FAST, "--data", "real.npy", *words, "--likelihood.scale", "0.5", "--out", "run")
@@ -361,6 +402,43 @@ def test_what_cannot_be_resumed_says_why(pv: Callable[..., Ran], harm: Any, mess
     assert Path("run/weights.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("likelihood", "Bernoulli", "likelihood must be class_path and init_args"),
+        ("guide", {"init_args": {}}, "guide must be class_path and init_args"),
+        ("prior", {"class_path": "nowhere"}, "prior must be class_path and init_args"),
+        ("net", None, "net must be class_path and init_args"),
+        ("epochs", "2", "epochs must be a whole number"),
+        ("lr", "fast", "lr must be a number"),
+        ("latent_dim", {"a": 1}, "latent_dim must be a whole number or numbers like 50,20"),
+        ("data", 3, "data must be a word"),
+        ("seeds", None, "seeds must be a whole number"),
+    ],
+)
+def test_settings_that_no_command_wrote_are_refused(
+    pv: Callable[..., Ran], name: str, value: Any, message: str
+) -> None:
+    given = _flags.parse("train", Settings, ["--data", "real.npy"])
+    Path("run").mkdir()
+    for settings in (Settings(**given).plain() | {name: value}, [name]):
+        Path("run/config.json").write_text(json.dumps({"settings": settings}))
+        where = "the settings in run are damaged: "
+        expected = message if isinstance(settings, dict) else "expected an object"
+        _refused(pv("train", "--resume", "run"), f"{where}{expected}$")
+
+
+def test_a_part_inside_a_part_is_looked_at_too(pv: Callable[..., Ran]) -> None:
+    given = _flags.parse("train", Settings, ["--guide.net", "MLP", "--guide", "Normal"])
+    settings = Settings(**given).plain() | {"lr": 1}
+    Path("run").mkdir()
+    Path("run/config.json").write_text(json.dumps({"settings": settings}))
+    assert json.dumps(saved_settings(Run("run")).plain()) == json.dumps(settings)
+    del settings["guide"]["init_args"]["net"]["class_path"]
+    Path("run/config.json").write_text(json.dumps({"settings": settings}))
+    _refused(pv("train", "--resume", "run"), "guide must be class_path and init_args$")
+
+
 def _cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:300])
 
@@ -420,7 +498,8 @@ def _refused(ran: Ran, message: str) -> None:
         ("--data mnist", r"not downloaded .* put .*\(--data-root\)"),
         ("--data mnist --data-root /nowhere", "expected a folder with data"),
         ("--data negative.npy --kind counts", "whole numbers from 0 on"),
-        ("--data negative.npy --likelihood Poisson", "outside the support of the likelihood"),
+        ("--data negative.npy --likelihood Poisson", "whole numbers from 0 on, got .* from -3 to"),
+        ("--data real.npy --likelihood Poisson", "expected counts data, .* got fractional values"),
         ("--binarize none --likelihood Bernoulli", "outside the support of the likelihood"),
         ("--data real.npy --net Conv", "use MLP for other data"),
         ("--likelihood Bernouli", r"no likelihood called 'Bernouli' \(did you mean Bernoulli\?\)"),
@@ -440,14 +519,27 @@ def _refused(ran: Ran, message: str) -> None:
         ("--likelihood Normal --likelihood.scale -1", "scale must be positive and finite"),
         ("--likelihood Normal --likelihood.scal 1", "Normal takes --likelihood.scale"),
         ("--likelihood.scale 1", "name the likelihood it belongs to"),
-        ("--likelihood Bernoulli --likelihood.shape 1", "Bernoulli takes no flags"),
+        (
+            "--likelihood Bernoulli --likelihood.shape 1",
+            "Bernoulli takes --likelihood.net; see pyr",
+        ),
+        ("--guide.nosuch 3", "--guide.nosuch: Normal takes --guide.net; see pyrovae parts"),
+        ("--prior.nosuch 3", "StandardNormal takes no flags; see pyrovae parts"),
         ("--likelihood.net Conv", "name the likelihood it belongs to"),
         ("--net.hidden a", "--net.hidden must be a whole number or numbers like 50,20, got 'a'"),
-        ("--net.hidden 0", "hidden must be positive integers"),
+        ("--net.hidden a,b", "numbers like 50,20, got 'a,b'$"),
+        ("--net.hidden 0", "pyrovae: --net: hidden must be positive integers, got 0"),
+        ("--guide.net MLP --guide.net.hidden 0", "pyrovae: --guide.net: hidden must be positive"),
+        ("--guide IAF --guide.transforms 0", "pyrovae: --guide: transforms must be positive"),
+        ("--objective.num-particles 0", "pyrovae: --objective: num_particles must be at least 1"),
+        ("--objective.beta -1", "pyrovae: --objective: beta must not be negative"),
+        ("--latent-dim 2,1 --objective.beta -1", "pyrovae: --objective: beta must not be"),
         ("--net.activation rel", "activation must be one of elu"),
         ("--objective.beta x", "--objective.beta must be a number, got 'x'"),
         ("--num-particles 0", "--num-particles must be at least 1, got 0"),
         ("--latent-dim 0", "--latent-dim must be at least 1, got 0"),
+        ("--latent-dim 5,0", "--latent-dim must be at least 1, got 5,0$"),
+        ("--latent-dim a,b", "--latent-dim must be .* or numbers like 50,20, got 'a,b'$"),
         ("--seeds 0", "--seeds must be at least 1"),
         ("--seed -1", "--seed must be a number from 0 on, got -1"),
         ("--batch-size 0", "batch_size must be"),
@@ -500,7 +592,8 @@ def test_cuda_where_there_is_none(pv: Callable[..., Ran]) -> None:
         ("trian", r"no command 'trian' \(did you mean train\?\)"),
         ("log-px", "pyrovae log-px needs RUN"),
         ("log-px nothing", "is no run or saved model"),
-        ("log-px real.npy", "is no run or saved model"),
+        ("log-px real.npy", "real.npy is a file: name the folder of a run"),
+        ("log-px run/config.json", "run/config.json is a file: name the folder of a run"),
         ("log-px run --num-particles 0", "num_particles must be at least 1"),
         ("log-px run --method guess", "method"),
         ("log-px run --data holes.npy", "expected no NaN"),
@@ -543,8 +636,28 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
 ) -> None:
     ran = pv("train", *FAST, "--data", "real.npy", "--lr", "1e30", "--epochs", 20, "--out", "run")
     _refused(ran, r"epoch \d+, step \d+: .*; the last good checkpoint is run/training.safetensors")
+    assert "try a lower --lr, --clip-norm 100, or " in ran[2]
     assert Path("run/training.safetensors").exists()
     assert not Run("run").finished
+
+
+def test_a_validation_that_is_never_finite_is_written_down_as_unknown(
+    pv: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"epoch": 1, "valid_elbo": -np.inf}, {"epoch": 2, "valid_elbo": np.nan}]
+    monkeypatch.setattr("pyrovae._train.fit", lambda *_, **__: rows)
+    assert pv("train", *FAST, "--data", "real.npy", "--out", "run")[0] == 0
+    assert json.loads(Path("run/summary.json").read_text())["valid_elbo"] is None
+
+
+def test_memory_is_told_in_one_unit_where_it_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    resource = pytest.importorskip("resource")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for platform, unit in (("linux", 2**10), ("darwin", 2**20)):
+        monkeypatch.setattr(sys, "platform", platform)
+        assert _train._peak_memory_mb() == pytest.approx(peak / unit, rel=0.1)
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
+    assert np.isnan(_train._peak_memory_mb())
 
 
 def test_a_failure_before_the_first_step_leaves_no_folder(

@@ -422,9 +422,9 @@ def test_layers_by_flags(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--latent-dim 3,0", "--latent-dim must be at least 1, got [3, 0]"),
+        ("--latent-dim 3,0", "--latent-dim must be at least 1, got 3,0"),
         ("--latent-dim 3,x", "--latent-dim must be a whole number or numbers like 50,20, got"),
-        ("--latent-dim []", "--latent-dim must be at least 1, got []"),
+        ("--latent-dim []", "--latent-dim must be at least 1, got nothing"),
         ("--latent-dim 3 --inference top-down", "--inference is for several layers"),
         ("--latent-dim 3,2 --inference up", "--inference must be bottom-up or top-down, got 'up'"),
     ],

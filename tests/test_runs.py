@@ -271,6 +271,8 @@ def test_missing_files_are_named(saved: Path, tmp_path: Path) -> None:
         pyrovae.load(saved)
     with pytest.raises(ValueError, match="is no run or saved model"):
         pyrovae.load(tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r"config\.json is a file: name the folder of a run"):
+        pyrovae.load(saved / "config.json")
     (saved / "config.json").write_text("{")
     with pytest.raises(ValueError, match="is damaged"):
         pyrovae.load(saved)
@@ -338,6 +340,32 @@ def test_metrics_come_back_and_a_resumed_epoch_replaces_its_rows(run: Run) -> No
     Run(run.path).add_epoch({"epoch": 2, "elbo": -9.0})
     assert run.metrics() == [{"epoch": 1, "elbo": -1.5}, {"epoch": 2, "elbo": -9.0}]
     assert (run.path / "metrics.csv").read_text().splitlines()[1] == "1,-1.5"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "epoch,elbo\n1,-1", "epoch,elbo\n1\n", "epoch,elbo\n1,-\n", "elbo\n1\n", "\0\n\0\n"],
+)
+def test_tables_cut_short_say_so(run: Run, text: str) -> None:
+    for name, column, read in (
+        ("metrics.csv", "epoch", run.metrics),
+        ("log_px.csv", "log_px", run.per_datum),
+    ):
+        (run.path / name).write_text(text.replace("epoch", column))
+        with pytest.raises(ValueError, match=f"{name} is damaged or cut short: .*{column!r}"):
+            read()
+
+
+def test_whole_tables_are_read(run: Run) -> None:
+    assert run.metrics() == []
+    assert run.per_datum() is None
+    (run.path / "metrics.csv").write_text("epoch,elbo\n1,nan\n2,-inf\n")
+    (run.path / "log_px.csv").write_text("index,log_px\r\n0,-1.5\r\n1,-2\r\n")
+    assert [row["epoch"] for row in run.metrics()] == [1, 2]
+    assert run.metrics()[1]["elbo"] == -math.inf
+    values = run.per_datum()
+    assert values is not None
+    assert values.tolist() == [-1.5, -2.0]
 
 
 def test_json_is_strict(run: Run) -> None:

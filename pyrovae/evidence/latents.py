@@ -77,9 +77,10 @@ class Latents:
         layers: The latents by site.
         mutual_information: I(x; z) under the guide, of `num_paired` data.
         marginal_kl: KL of their aggregate q(z) from p(z).
-        information_std_error: Standard error of both, over those data.
+        information_std_error: Standard error of the first, over those data.
+        marginal_std_error: Standard error of the second, over those data.
         num_paired: How many data that was.
-        num_particles: Draws per datum.
+        num_particles: Draws per datum, for all but mutual information and marginal KL.
         seed: Of the noise.
         data: What the data are.
         unknown: Why something is NaN; empty if nothing is.
@@ -91,6 +92,7 @@ class Latents:
     mutual_information: float
     marginal_kl: float
     information_std_error: float
+    marginal_std_error: float
     num_paired: int
     num_particles: int
     seed: int
@@ -150,6 +152,7 @@ class Latents:
             "mutual_information": self.mutual_information,
             "marginal_kl": self.marginal_kl,
             "information_std_error": self.information_std_error,
+            "marginal_std_error": self.marginal_std_error,
             "ceiling": self.ceiling,
             "num_paired": self.num_paired,
             "layers": {
@@ -170,10 +173,13 @@ class Latents:
 
     def __str__(self) -> str:
         """A paragraph to quote."""
-        rate, distortion = float(self.rate.mean()), float(self.distortion.mean())
+        rate, distortion = (
+            _nats(float(part.mean()), _std_error(part)) for part in (self.rate, self.distortion)
+        )
         active = f"{self.active_units:,} of {self.num_latents:,} latents active"
         sentences = [
-            f"Rate {_nats(rate)} and distortion {distortion:.2f} nats per datum; {active}.",
+            f"Rate {rate} and distortion {distortion} nats per datum, standard errors in brackets; "
+            f"{active}.",
             *self._by_layer(),
             self._information(),
         ]
@@ -191,16 +197,17 @@ class Latents:
     def _information(self) -> str:
         if math.isnan(self.mutual_information):
             return f"The mutual information of x and z is unknown: {self.unknown}."
-        shared, rest = self.mutual_information, self.marginal_kl
+        shared = _nats(self.mutual_information, self.information_std_error)
+        rest = _nats(self.marginal_kl, self.marginal_std_error)
         if self.saturated:
             return (
-                f"Mutual information of x and z is at least {shared:.2f} nats, near the ceiling "
+                f"Mutual information of x and z is at least {shared} nats, near the ceiling "
                 f"log N = {self.ceiling:.2f} of the {self.num_paired:,} data it was taken from, "
-                f"and KL(q(z) || p(z)) at most {rest:.2f}."
+                f"and KL(q(z) || p(z)) at most {rest}."
             )
         return (
-            f"Mutual information of x and z {shared:.2f} nats, KL(q(z) || p(z)) {rest:.2f} "
-            f"(from {self.num_paired:,} data)."
+            f"Mutual information of x and z {shared} nats, KL(q(z) || p(z)) {rest}, from "
+            f"{self.num_paired:,} data."
         )
 
 
@@ -215,15 +222,16 @@ def latents(
 ) -> Latents:
     """Rate, distortion, KL per latent, active units, mutual information and marginal KL.
 
-    All are averages over draws from the guide. Mutual information and marginal KL are those of up
-    to 1,000 of the data, fewer where scoring one code under another's posterior is dear; a guide
-    that cannot do that leaves them unknown, and one without a density the rate too.
+    All are averages over draws from the guide: `num_particles` per datum, but for mutual
+    information and marginal KL. Those take one draw for each of up to 1,000 of the data, fewer
+    where scoring one code under another's posterior is dear; a guide that cannot do that, or a
+    single datum, leaves them unknown, and a guide without a density the rate too.
 
     Args:
         model: p(x, z), a Pyro function of x.
         guide: q(z|x), a Pyro function of x.
         x: Data: a tensor `(N, *shape)`, a tuple of tensors, or a split of a data set.
-        num_particles: Draws per datum.
+        num_particles: Draws per datum, for all but mutual information and marginal KL.
         seed: Of the noise; None takes a new one.
         progress: Show a bar.
 
@@ -248,19 +256,23 @@ def latents(
     try:
         if not density:
             raise program.Refused("the guide has no density")
-        ((shared, rest, error),) = few.map(lambda args, _: _split(few, args), density=False)
+        if count < 2:
+            raise program.Refused("it takes two data or more")
+        (parts,) = few.map(lambda args, _: _split(few, args), density=False)
         unknown = ""
     except (program.Refused, NotImplementedError) as obstacle:
-        shared, rest, error, unknown = math.nan, math.nan, math.nan, str(obstacle)
+        parts, unknown = torch.full((2, 1), math.nan), str(obstacle)
+    shared, rest = parts
     return Latents(
         rate=rate,
         distortion=distortion,
         layers=layers,
-        mutual_information=shared,
-        marginal_kl=rest,
-        information_std_error=error,
+        mutual_information=float(shared.mean()),
+        marginal_kl=float(rest.mean()),
+        information_std_error=_std_error(shared),
+        marginal_std_error=_std_error(rest),
         num_paired=count,
-        num_particles=num_particles,
+        num_particles=walk.num_particles,
         seed=walk.seed,
         data=walk.split.description,
         unknown=unknown,
@@ -344,7 +356,7 @@ def _site(q: Score, p: Score, num_particles: int, pointlike: bool) -> _Site:
     else:
         log_ratio = q_entry.log_prob(q.value) - p_entry.log_prob(q.value)
         each = _flat(log_ratio, q, num_particles).mean(0)
-    return _Site((kl * math.nan if pointlike else kl).double(), each.double(), means.double())
+    return _Site((kl * math.nan if pointlike else kl).double(), each.double(), means)
 
 
 def _layer(blocks: list[_Site]) -> Layer:
@@ -355,9 +367,9 @@ def _layer(blocks: list[_Site]) -> Layer:
 
 
 def _means(score: Score, num_particles: int) -> Tensor:
-    """Posterior means, or draws in their place, shape `(K, N, D)`."""
+    """Posterior means, or draws in their place, which may be whole numbers: `(K, N, D)`."""
     value = score.fn.mean if _has_mean(score.fn) else score.value
-    return _flat(value.expand_as(score.value), score, num_particles)
+    return _flat(value.expand_as(score.value), score, num_particles).double()
 
 
 def _flat(value: Tensor, score: Score, num_particles: int) -> Tensor:
@@ -409,15 +421,14 @@ def _num_paired(num_data: int, layers: dict[str, Layer]) -> int:
     return min(num_data, PAIRED, max(50, math.isqrt(int(WORK)) // len(layer.variance)))
 
 
-def _split(walk: Walk, args: Args) -> tuple[float, float, float]:
-    """Mutual information, marginal KL, and their standard error."""
+def _split(walk: Walk, args: Args) -> Tensor:
+    """Log q(z|x) - log q(z) and log q(z) - log p(z) at one draw for each datum, shape `(2, N)`."""
     model, guide = walk.programs.model, walk.programs.guide
     drawn = program.draw(guide, args)
     log_pz = _log_prior(program.score_sites(model, args, drawn.values), drawn).double()
     log_q = _pairs(guide, args, drawn).double()
     marginal = log_q.logsumexp(1) - math.log(len(log_q))
-    shared = log_q.diagonal() - marginal
-    return float(shared.mean()), float((marginal - log_pz).mean()), _std_error(shared)
+    return torch.stack([log_q.diagonal() - marginal, marginal - log_pz])
 
 
 def _pairs(guide: PyroFunction, args: Args, drawn: Draw) -> Tensor:
@@ -449,5 +460,6 @@ def _std_error(values: Tensor) -> float:
     return float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
-def _nats(value: float) -> str:
-    return "unknown" if math.isnan(value) else f"{value:.2f}"
+def _nats(value: float, error: float = math.nan) -> str:
+    known = "unknown" if math.isnan(value) else f"{value:.2f}"
+    return known if math.isnan(error) else f"{known} ({error:.2f})"

@@ -36,7 +36,7 @@ from torch.distributions.constraints import is_dependent
 from pyrovae import program
 from pyrovae._part import Conditional
 from pyrovae.data import Split
-from pyrovae.evidence.walk import ROWS, Walk
+from pyrovae.evidence.walk import ROWS, Walk, at_least
 from pyrovae.objectives import StickingTheLanding
 from pyrovae.program import Args, PyroFunction
 
@@ -134,13 +134,12 @@ def refine(
         Inference Suboptimality in Variational Autoencoders (Cremer et al., 2018), arXiv:1801.03558;
         Sticking the Landing (Roeder et al., 2017), arXiv:1703.09194
     """
-    if not isinstance(steps, int) or steps < 0:
-        raise ValueError(f"steps must be at least 0, got {steps!r}")
+    steps, num_particles = at_least("steps", steps, 0), at_least("num_particles", num_particles, 1)
     if not lr > 0:
         raise ValueError(f"lr must be positive, got {lr!r}")
     if start not in STARTS:
         raise ValueError(f"start must be 'guide' or 'constant', got {start!r}")
-    walk = Walk(model, guide, x, num_particles, seed, block_size=-(-BLOCK // max(1, num_particles)))
+    walk = Walk(model, guide, x, num_particles, seed, block_size=-(-BLOCK // num_particles))
     here = walk.programs
     begun = walk.map(lambda args, _: _free(here.guide, args))
     places, free = begun[0][0], _joined([params for _, params in begun])

@@ -76,6 +76,9 @@ class LogPx:
     def join(cls, parts: Sequence[LogPx]) -> LogPx:
         """Put estimates of consecutive blocks of data together.
 
+        Give each part once and in the order of the data, all of one `block_size`: a part that is
+        missing, comes twice or out of place is not noticed.
+
         Raises:
             ValueError: If they differ in method, K, seed or data, or there is none.
         """

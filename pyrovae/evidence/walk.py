@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import operator
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -53,17 +54,12 @@ class Walk:
         block_size: int | None = None,
         blocks: Sequence[int] | None = None,
     ):
-        for name, value, least in (
-            ("num_particles", num_particles, 1),
-            ("block_size", 1 if block_size is None else block_size, 1),
-            ("seed", 0 if seed is None else seed, 0),
-        ):
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value!r}")
-        self.num_particles = num_particles
-        self.seed = random.SystemRandom().getrandbits(31) if seed is None else seed
+        seed = random.SystemRandom().getrandbits(31) if seed is None else seed
+        self.num_particles = at_least("num_particles", num_particles, 1)
+        self.seed = at_least("seed", seed, 0)
         self.split = as_split(x)
-        self.size = block_size or min(max(ROWS // num_particles, MIN_BLOCK), ROWS)
+        default = min(max(ROWS // self.num_particles, MIN_BLOCK), ROWS)
+        self.size = at_least("block_size", default if block_size is None else block_size, 1)
         total = -(-len(self.split) // self.size)
         self.numbers = list(range(total) if blocks is None else blocks)
         distinct = set(self.numbers)
@@ -182,6 +178,21 @@ def _converted(store: Any, dtype: torch.dtype) -> dict[str, Any]:
     state = store.get_state()
     floats = {n: p.detach().to(dtype) for n, p in state["params"].items() if p.is_floating_point()}
     return {**state, "params": {**state["params"], **floats}}
+
+
+def at_least(name: str, value: Any, least: int) -> int:
+    """A whole number, Python's or numpy's, as an `int`.
+
+    Raises:
+        ValueError: If it is none, or too small.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number, got {value!r}") from None
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}")
+    return number
 
 
 def in_precision(model: PyroFunction, guide: PyroFunction, dtype: torch.dtype | None) -> Programs:
