@@ -14,16 +14,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import fmean
 
+import _results
 import matplotlib.pyplot as plt
-import torch
 
 import pyrovae
 from pyrovae import _flags, evidence
 from pyrovae._train import Settings, build, load_data, options
 from pyrovae.runs import made_by, write_json
 
-RESULTS = Path(__file__).parent / "results"
 SMOKE = "--data digits --epochs 1 --latent-dim 4"
 
 
@@ -35,6 +35,7 @@ def main(
     baseline: str | None = None,
     once: Sequence[str] = (),
     num_particles: int = 1000,
+    bits: bool = False,
 ) -> None:
     """Run a swap experiment from the command line.
 
@@ -45,6 +46,7 @@ def main(
         baseline: Label of the row that the figure draws a line at.
         once: Labels of the slow rows, which are run with the first seed only.
         num_particles: Particles of log p(x) unless asked otherwise.
+        bits: Report bits per dimension; the first word of a label is the data set.
     """
     name = Path(script).stem
     parser = argparse.ArgumentParser(description=f"See the docstring of {name}.py.")
@@ -53,25 +55,27 @@ def main(
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--num-test", type=int, default=2000, help="test data scored")
     parser.add_argument("--num-particles", type=int, default=num_particles)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
-    parser.add_argument("--smoke", action="store_true", help="seconds, offline: two rows")
+    _results.add_flags(parser)
     asked = parser.parse_args()
     if asked.smoke:
         asked.rows, asked.seeds, asked.num_test, asked.num_particles = asked.rows[:2], 1, 20, 10
-    asked.results.mkdir(exist_ok=True)
-    file = asked.results / f"{name}.json"
+    file = _results.folder(asked) / f"{name}.json"
     found: dict[str, dict] = json.loads(file.read_text()) if file.exists() else {}
     for label in asked.rows:
         flags = " ".join([common, rows[label], *[SMOKE] * asked.smoke])
-        entry = found.setdefault(label, {"command": f"pyrovae train {flags}", "runs": {}})
+        entry = {"command": f"pyrovae train {flags}", "num_particles": asked.num_particles}
+        entry |= {"num_test": asked.num_test, "runs": {}}
+        if label in found and found[label] | {"runs": {}} == entry:
+            entry = found[label]
+        found[label] = entry
         for seed in range(1 if label in once else asked.seeds):
             if str(seed) in entry["runs"]:
                 continue
             entry["runs"][str(seed)] = one(flags, seed, asked)
             write_json(file, {k: found[k] for k in rows if k in found})
             print(label, seed, entry["runs"][str(seed)], flush=True)
-    figure(found, baseline).savefig(asked.results / f"{name}.png", dpi=150)
-    print(table(found))
+    figure(found, baseline, bits).savefig(file.with_suffix(".png"), dpi=150)
+    print(table(found, bits))
 
 
 def one(flags: str, seed: int, asked: argparse.Namespace) -> dict:
@@ -87,7 +91,7 @@ def one(flags: str, seed: int, asked: argparse.Namespace) -> dict:
     )  # fmt: skip
     trained = time.perf_counter() - start
     test = dataset.test.subset(slice(0, asked.num_test))
-    bound = pyrovae.elbo(vae.model, vae.guide, test, num_particles=10, seed=0) + test.log_det
+    bound = pyrovae.elbo(vae.model, vae.guide, test, num_particles=10, seed=0)
     result = pyrovae.log_px(vae.model, vae.guide, test, asked.num_particles, seed=0).summary()
     latents = evidence.latents(vae.model, vae.guide, test, seed=0).summary()
     seconds = [row["seconds"] for row in history]
@@ -110,49 +114,70 @@ def one(flags: str, seed: int, asked: argparse.Namespace) -> dict:
     }
 
 
-def table(found: dict[str, dict]) -> str:
+def table(found: dict[str, dict], bits: bool = False) -> str:
     """The rows as README shows them: means over seeds, with the seeds' standard error."""
+    value, bound = ("bits / dim ≤", "by the ELBO") if bits else ("log p(x) ≥", "ELBO")
     lines = [
-        "| | log p(x) ≥ | over seeds | ELBO | active units | k-hat > 0.7 | s / epoch |",
+        f"| | {value} | over seeds | {bound} | active units | k-hat > 0.7 | s / epoch |",
         "|---|---|---|---|---|---|---|",
     ]
     for label, entry in found.items():
         runs = list(entry["runs"].values())
+        values, bounds = zip(*(_values(run, bits) for run in runs), strict=True)
         lines.append(
-            f"| `{label}` | {_mean(runs, 'log_px'):.2f} | {_spread(runs)} "
-            f"| {_mean(runs, 'elbo'):.2f} | {_active(runs)} "
-            f"| {_mean(runs, 'khat_above_0.7'):.0%} | {_quickest(runs):.1f} |"
+            f"| `{label}` | {fmean(values):.2f} | {_spread(values)} | {fmean(bounds):.2f} "
+            f"| {_active(runs)} | {fmean(run['khat_above_0.7'] for run in runs):.0%} "
+            f"| {_quickest(runs):.1f} |"
         )
     return "\n".join(lines)
 
 
-def figure(found: dict[str, dict], baseline: str | None) -> plt.Figure:
-    """Log p(x) and ELBO of each row and seed; beside it, seconds per epoch."""
-    labels = list(found)
-    size = (9, 1.2 + 0.35 * len(labels))
-    made, (left, right) = plt.subplots(
-        1, 2, figsize=size, sharey=True, width_ratios=(3, 1), layout="constrained"
-    )
-    for y, label in enumerate(labels):
-        runs = list(found[label]["runs"].values())
-        values, bounds = [r["log_px"] for r in runs], [r["elbo"] for r in runs]
-        left.plot([_mean(runs, "elbo"), _mean(runs, "log_px")], [y, y], color="0.8", zorder=1)
-        left.scatter(bounds, [y] * len(runs), color="C0", marker="|", label="ELBO" * (y == 0))
-        left.scatter(values, [y] * len(runs), color="C1", s=14, label="log p(x) ≥" * (y == 0))
-        right.barh(y, _quickest(runs), color="0.7")
-    if baseline in found:
-        runs = list(found[baseline]["runs"].values())
-        left.axvline(_mean(runs, "log_px"), color="C1", linewidth=0.7, linestyle=":")
-    left.set_yticks(range(len(labels)), labels)
-    left.invert_yaxis()
-    left.set_xlabel("nats per test datum")
-    right.set_xlabel("seconds per epoch")
-    left.legend(loc="lower left", frameon=False)
+def figure(found: dict[str, dict], baseline: str | None, bits: bool) -> plt.Figure:
+    """Log p(x) and ELBO of each row and seed, by data set; beside it, seconds per epoch."""
+    groups: dict[str, dict[str, list[dict]]] = {}
+    for label, entry in found.items():
+        group, name = label.split(", ", 1) if bits else ("", label)
+        groups.setdefault(group, {})[name] = list(entry["runs"].values())
+    names = list(dict.fromkeys(name for group in groups.values() for name in group))
+    made, axes = plt.subplots(
+        1, len(groups) + 1, figsize=(9, 1.5 + 0.35 * len(names)), sharey=True,
+        width_ratios=(*[3 / len(groups)] * len(groups), 1), layout="constrained",
+    )  # fmt: skip
+    *panels, times = axes
+    for axis, (group, rows) in zip(panels, groups.items(), strict=True):
+        for name, runs in rows.items():
+            y = names.index(name)
+            values, bounds = zip(*(_values(run, bits) for run in runs), strict=True)
+            axis.plot([fmean(bounds), fmean(values)], [y, y], color="0.8", zorder=1)
+            axis.scatter(bounds, [y] * len(runs), color="C0", marker="|", label="ELBO")
+            axis.scatter(values, [y] * len(runs), color="C1", s=14, label="log p(x) ≥")
+        if baseline in rows:
+            axis.axvline(
+                fmean(_values(run, bits)[0] for run in rows[baseline]),
+                color="C1", linewidth=0.7, linestyle=":",
+            )  # fmt: skip
+        axis.set_xlabel(f"{group}: bits per dimension" if bits else "nats per test datum")
+    height = 0.8 / len(groups)
+    for i, (group, rows) in enumerate(groups.items()):
+        at = [names.index(name) + (i - (len(groups) - 1) / 2) * height for name in rows]
+        seconds = [_quickest(runs) for runs in rows.values()]
+        times.barh(at, seconds, height, color=f"{0.7 - 0.3 * i}", label=group or None)
+    times.set_xlabel("seconds per epoch")
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].invert_yaxis()
+    handles, labels = panels[0].get_legend_handles_labels()
+    more, groups_named = times.get_legend_handles_labels()
+    made.legend(
+        [*handles[:2], *more], [*labels[:2], *groups_named], loc="outside upper center", ncols=4,
+        frameon=False,
+    )  # fmt: skip
     return made
 
 
-def _mean(runs: list[dict], key: str) -> float:
-    return statistics.fmean(run[key] for run in runs)
+def _values(run: dict, bits: bool) -> tuple[float, float]:
+    """The estimate and the ELBO, in nats per datum or bits per dimension."""
+    unit = run["bits_per_dim"] / run["log_px"] if bits else 1
+    return run["log_px"] * unit, run["elbo"] * unit
 
 
 def _quickest(runs: list[dict]) -> float:
@@ -160,13 +185,11 @@ def _quickest(runs: list[dict]) -> float:
     return min(run["seconds_per_epoch"] for run in runs)
 
 
-def _spread(runs: list[dict]) -> str:
-    if len(runs) < 2:
+def _spread(values: Sequence[float]) -> str:
+    if len(values) < 2:
         return "one seed"
-    values = torch.tensor([run["log_px"] for run in runs], dtype=torch.float64)
-    return f"± {float(values.std()) / len(runs) ** 0.5:.2f} ({len(runs)})"
+    return f"± {statistics.stdev(values) / len(values) ** 0.5:.2f} ({len(values)})"
 
 
 def _active(runs: list[dict]) -> str:
-    active = [run["latents"]["active_units"] for run in runs]
-    return f"{statistics.fmean(active):.0f}" if None not in active else "-"
+    return f"{fmean(run['latents']['active_units'] for run in runs):.0f}"

@@ -21,7 +21,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
+import _results
+
+from pyrovae.runs import write_json
+
 FIGURES = ("reconstructions", "samples")
 ROWS = {
     "digits": "",
@@ -79,15 +82,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--data-root", help="folder with the data sets' files")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
-    parser.add_argument("--smoke", action="store_true", help="seconds, offline: the digits only")
-    options = parser.parse_args()
-    file = options.results / "reference_runs.json"
+    _results.add_flags(parser)
+    asked = parser.parse_args()
+    file = _results.folder(asked) / "reference_runs.json"
     rows = json.loads(file.read_text()) if file.exists() else {}
-    options.results.mkdir(exist_ok=True)
-    for name in ["digits"] if options.smoke else options.data:
-        rows[name] = run(name, options.data_root, options.smoke, options.results)
-        file.write_text(json.dumps(rows, indent=2) + "\n")
+    for name in ["digits"] if asked.smoke else asked.data:
+        rows[name] = run(name, asked.data_root, asked.smoke, file.parent)
+        write_json(file, rows)
     print(table(rows))
 
 

@@ -14,7 +14,9 @@ Categorical is left out on MNIST: the last layer has 80 million weights there, a
 more than a minute. Writes experiments/results/swap_likelihoods.json and .png.
 """
 
-from _swap import main, table
+from functools import partial
+
+import _swap
 
 MNIST = "--data mnist --epochs 20 --kl-warmup 5"
 FREY = "--data frey-faces --epochs 200 --kl-warmup 50"
@@ -38,7 +40,9 @@ del ON_MNIST["MNIST, Categorical"]
 ROWS = ON_FREY | ON_MNIST
 COMMON = "--clip-norm 100 --compile true"
 
+table = partial(_swap.table, bits=True)
+
 __all__ = ["COMMON", "ROWS", "table"]
 
 if __name__ == "__main__":
-    main(__file__, ROWS, COMMON, once=list(ON_MNIST), num_particles=250)
+    _swap.main(__file__, ROWS, COMMON, once=list(ON_MNIST), num_particles=250, bits=True)
