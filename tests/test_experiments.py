@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "experiments"
-SCRIPTS = sorted(FOLDER.glob("[a-z]*.py"))
+SCRIPTS = sorted([*FOLDER.glob("[a-z]*.py"), *FOLDER.glob("benchmarks/[a-z]*.py")])
 
 
 @pytest.mark.slow
@@ -22,4 +22,4 @@ def test_each_is_listed():
     listed = (FOLDER / "README.md").read_text()
     assert SCRIPTS
     for script in SCRIPTS:
-        assert f"`{script.name}`" in listed
+        assert f"`{script.relative_to(FOLDER).as_posix()}`" in listed
