@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PROGRAMS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 EXPERIMENTS = ROOT / "experiments"
-TABLES = ("reference_runs", "posterior_truth")
+TABLES = ("reference_runs", "posterior_truth", "swap_guides", "swap_priors", "swap_objectives")
 
 
 @pytest.mark.parametrize(
