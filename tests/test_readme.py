@@ -11,7 +11,14 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PROGRAMS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 EXPERIMENTS = ROOT / "experiments"
-TABLES = ("reference_runs", "posterior_truth", "swap_guides", "swap_priors", "swap_objectives")
+TABLES = (
+    "reference_runs",
+    "posterior_truth",
+    "swap_guides",
+    "swap_priors",
+    "swap_objectives",
+    "swap_likelihoods",
+)
 
 
 @pytest.mark.parametrize(
