@@ -62,7 +62,7 @@ def total(tensors: Sequence[Tensor]) -> list[Tensor]:
         flat = flat.cuda()
     _told(functools.partial(dist.all_reduce, flat))
     parts = flat.to(tensors[0].device).split([tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+    return [part.view(t.shape).to(t.dtype) for part, t in zip(parts, tensors, strict=True)]
 
 
 def agree(tensors: Sequence[Tensor]) -> None:

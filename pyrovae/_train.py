@@ -142,6 +142,11 @@ class Settings:
             if getattr(self, name) < 1:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} must be at least 1, got {getattr(self, name)}")
+        if 1 <= self.batch_size < self.devices:
+            raise ValueError(
+                f"--devices must be at most --batch-size, {self.batch_size}, which the processes "
+                f"share, got {self.devices}"
+            )
         for name in ("seed", "data_seed"):
             if not 0 <= getattr(self, name) < 2**63 - 1_000_000:
                 flag = name.replace("_", "-")
@@ -431,6 +436,7 @@ def _train_one(settings: Settings, dataset: DataSet, run: Run) -> None:
     vae, objective = build(settings, dataset)
     if leads:
         _describe(settings, dataset, run, vae)
+    _processes.gather(None)  # the others find the folder made
     history = _fit(settings, run, vae, objective, dataset)
     trained = time.perf_counter() - start
     if leads:
@@ -445,13 +451,13 @@ def _train_one(settings: Settings, dataset: DataSet, run: Run) -> None:
         valid_elbo=max(filter(math.isfinite, scores), default=math.nan),
         train_seconds=trained,
         seconds=time.perf_counter() - start,
-        peak_memory_mb=_peak_memory_mb(),
+        peak_memory_mb=peak_memory_mb(),
     )
     print("\n".join(map(wrapped, told)))
     print(f"Run in {run.path}, figures in {run.path / 'figures'}")
 
 
-def _peak_memory_mb() -> float:
+def peak_memory_mb() -> float:
     """The most memory that this process held at once, in MiB; NaN where nobody counts."""
     try:
         import resource  # not on Windows
@@ -527,8 +533,7 @@ def _fit(
             raise
         raise ValueError(f"{error}; to start anew, train with --out and --overwrite") from error
     except NonFiniteLoss as error:
-        words = str(error).replace(" lr,", " --lr,").replace("clip_norm=100", "--clip-norm 100")
-        raise NonFiniteLoss(f"{words}; the last good checkpoint is {run.checkpoint}") from error
+        raise NonFiniteLoss(f"{error}; the last good checkpoint is {run.checkpoint}") from error
     if _processes.leads():
         run.write_metrics(history)
     return history

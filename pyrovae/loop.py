@@ -156,9 +156,7 @@ class Loop:
                         self.checkpoint().save(checkpoint)
                         last_saved = time.monotonic()
                     row = self._epoch(bar)
-                    if (
-                        on_epoch and leads
-                    ):  # before the state is saved: a resumed run leaves none out
+                    if on_epoch and leads:  # before saving: a resumed run leaves none out
                         on_epoch(self.vae, row)
                 if checkpoint:
                     self.checkpoint().save(checkpoint)
@@ -363,7 +361,8 @@ class Loop:
         cause = f"a step left {bad[0]!r} not finite" if bad else self._bad_site(stored)
         return NonFiniteLoss(
             f"the loss is not finite at epoch {epoch + 1}, step {i + 1}: {cause}; "
-            "try a lower lr, clip_norm=100, or data on another scale"
+            "try a lower learning rate, clipped gradients (clip_norm, such as 100), or data on "
+            "another scale"
         )
 
     def _bad_site(self, stored: Args) -> str:

@@ -44,6 +44,7 @@ class Linear(nn.Module):
         )  # weights that differ until the first one's are sent
         self.w = nn.Parameter(torch.randn(2, 3).T)
         self.scale = nn.Parameter(torch.zeros(()))
+        self.shift = nn.Parameter(torch.zeros(3, dtype=torch.float32))  # a precision of its own
         self.register_buffer("mean", torch.zeros(()))
         self.fixed, self.drawn = fixed, []
 
@@ -52,7 +53,7 @@ class Linear(nn.Module):
             self.mean.add_(x.detach().mean())
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
-            px = dist.Normal(z @ self.w.T, self.scale.exp()).to_event(1)
+            px = dist.Normal(z @ self.w.T + self.shift, self.scale.exp()).to_event(1)
             pyro.sample("x", px, obs=x)
 
     def guide(self, x, noise):

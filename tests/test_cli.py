@@ -541,6 +541,8 @@ def _refused(ran: Ran, message: str) -> None:
         ("--latent-dim 5,0", "--latent-dim must be at least 1, got 5,0$"),
         ("--latent-dim a,b", "--latent-dim must be .* or numbers like 50,20, got 'a,b'$"),
         ("--seeds 0", "--seeds must be at least 1"),
+        ("--devices 0", "--devices must be at least 1, got 0"),
+        ("--devices 3 --batch-size 2", "--devices must be at most --batch-size, 2"),
         ("--seed -1", "--seed must be a number from 0 on, got -1"),
         ("--batch-size 0", "batch_size must be"),
         ("--epochs 0", "epochs must be"),
@@ -636,7 +638,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
 ) -> None:
     ran = pv("train", *FAST, "--data", "real.npy", "--lr", "1e30", "--epochs", 20, "--out", "run")
     _refused(ran, r"epoch \d+, step \d+: .*; the last good checkpoint is run/training.safetensors")
-    assert "try a lower --lr, --clip-norm 100, or " in ran[2]
+    assert "try a lower learning rate, clipped gradients (clip_norm, such as 100), or " in ran[2]
     assert Path("run/training.safetensors").exists()
     assert not Run("run").finished
 
@@ -655,9 +657,9 @@ def test_memory_is_told_in_one_unit_where_it_is_known(monkeypatch: pytest.Monkey
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for platform, unit in (("linux", 2**10), ("darwin", 2**20)):
         monkeypatch.setattr(sys, "platform", platform)
-        assert _train._peak_memory_mb() == pytest.approx(peak / unit, rel=0.1)
+        assert _train.peak_memory_mb() == pytest.approx(peak / unit, rel=0.1)
     monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
-    assert np.isnan(_train._peak_memory_mb())
+    assert np.isnan(_train.peak_memory_mb())
 
 
 def test_a_failure_before_the_first_step_leaves_no_folder(

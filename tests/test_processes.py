@@ -82,19 +82,19 @@ def test_the_command_trains_in_two_processes_and_scores_the_same(tmp_path):
 def test_the_command_takes_its_place_under_slurm(tmp_path):
     """Two tasks with the variables that srun sets."""
     out, processes = tmp_path / "run", []
-    command = [sys.executable, "-m", "pyrovae.cli", "train", "--epochs", "1", "--out", str(out)]
+    command = [sys.executable, "-m", "pyrovae.cli", "train", "--epochs", "1", "--seeds", "2"]
     for task in ("0", "1"):
         slurm = {
             **{"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NAME": "vae", "SLURM_NTASKS": "2"},
             **{"SLURM_NNODES": "1", "SLURM_NODELIST": "127.0.0.1", "SLURM_NODEID": "0"},
             **{"SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID": task, "SLURM_LOCALID": task},
         }
-        words = [*command, "--accelerator", "cpu", "--num-particles", "5"]
+        words = [*command, "--accelerator", "cpu", "--num-particles", "5", "--out", str(out)]
         pipe = subprocess.PIPE
         processes.append(
             subprocess.Popen(words, env=ENV | slurm, stdout=pipe, stderr=pipe, text=True)
         )
     said = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
-    assert [words.count("log p(x) >=") for words, _ in said] == [1, 0]
-    assert (out / "summary.json").exists()
+    assert [words.count("log p(x) >=") for words, _ in said] == [2, 0]
+    assert all((out / seed / "summary.json").exists() for seed in (".", "seed-0", "seed-1"))

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, softplus
+from tqdm import tqdm
 
 import pyrovae
 from pyrovae import guides, likelihoods, nets, priors, program
-from pyrovae.data import load
+from pyrovae.data import Preprocess
+from pyrovae.data.split import dynamic_split
 from pyrovae.loop import Loop
 from pyrovae.objectives import ELBO
 from pyrovae.options import Options
@@ -57,9 +59,8 @@ def vae(setting: Setting) -> pyrovae.VAE:
 
 def ours(setting: Setting, x: Tensor, precision: str = "32-true", compile: bool = True) -> Peer:
     """`fit`, an epoch at a time."""
-    rows = x.numpy()
-    split = load(rows, binarize="dynamic").train
-    split = split.__class__(**{**vars(split), "x": x, "data": x, "log_det": torch.zeros(len(x))})
+    binarized = Preprocess("grey", (setting.pixels,), 255.0, binarize="dynamic")
+    split = dynamic_split(x, None, "train", binarized, "pixels")
     options = Options(
         epochs=1000, batch_size=setting.batch, lr=LR, schedule="constant", accelerator="cpu",
         precision=precision, compile=compile,
@@ -68,14 +69,9 @@ def ours(setting: Setting, x: Tensor, precision: str = "32-true", compile: bool 
     with program.validation(False):
         loop.prepare(None)
 
-    class Bar:
-        def update(self) -> None: ...
-
-        def set_postfix(self, **_: Any) -> None: ...
-
     def epoch() -> None:
         with program.validation(False):
-            loop._epoch(Bar())  # type: ignore[arg-type]
+            loop._epoch(tqdm(disable=True))
 
     return epoch
 

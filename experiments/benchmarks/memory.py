@@ -12,7 +12,6 @@ what it needs and loads the data. Writes experiments/results/benchmark_memory.js
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 from functools import partial
@@ -23,10 +22,10 @@ from _peers import Peer, Setting, by_hand, ours, vae
 from torch import Tensor
 
 import pyrovae
+from pyrovae._train import peak_memory_mb
 from pyrovae.runs import write_json
 
 COUNT = 12_800
-UNIT = 2**20 if sys.platform == "darwin" else 2**10
 
 
 def nothing(x: Tensor) -> Peer:
@@ -67,7 +66,7 @@ def main() -> None:
     if asked.task:
         x = _clock.pixels(asked.data_root, COUNT)
         TASKS[asked.task](x)()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / UNIT)
+        print(peak_memory_mb())
         return
     root = ["--data-root", asked.data_root] if asked.data_root else []
     mb: dict[str, float] = {}
