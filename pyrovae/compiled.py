@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pyrovae import _products
+
 Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 Function = TypeVar("Function", bound=Callable[..., Sequence[Any]])
 Step = Callable[..., tuple[Tensor, Sequence[Tensor]]]
@@ -93,6 +95,7 @@ def compile_function(
             warnings.simplefilter("ignore")
             with kept():
                 graph = make_fx(function)(*args)
+            _products.hand_over(graph)
             _refuse_frozen(function, torch.no_grad()(graph), trial, kept)
             # Torch's noise, that of eager runs, is quicker on a CPU than the compiler's own.
             made: Any = torch.compile(graph, options={"fallback_random": True})
