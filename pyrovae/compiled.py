@@ -95,8 +95,8 @@ def compile_function(
             warnings.simplefilter("ignore")
             with kept():
                 graph = make_fx(function)(*args)
-            _products.hand_over(graph)
             _refuse_frozen(function, torch.no_grad()(graph), trial, kept)
+            _products.hand_over(graph)  # after the trial: other libraries round otherwise
             # Torch's noise, that of eager runs, is quicker on a CPU than the compiler's own.
             made: Any = torch.compile(graph, options={"fallback_random": True})
             compiled = torch.no_grad()(made)
