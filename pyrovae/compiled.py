@@ -31,6 +31,10 @@ TOLERANCE = 1e-4
 """Relative difference of a graph from its program that rounding explains."""
 
 
+WARM_UP = 3
+"""Runs before a CUDA graph is captured, in which libraries take what memory they need."""
+
+
 def with_gradients(loss: Loss, params: Sequence[Tensor], clip_norm: float | None = None) -> Step:
     """The loss with its terms, stacked, and its gradient for each parameter.
 
@@ -109,6 +113,50 @@ def compile_function(
         )
         return None
     return compiled
+
+
+def captures(device: torch.device) -> bool:
+    """Whether work on a device can be captured as a CUDA graph."""
+    return device.type == "cuda"
+
+
+def capture(
+    function: Callable[..., Tensor], args: Sequence[Tensor]
+) -> Callable[..., Tensor] | None:
+    """One CUDA graph of all that a function launches: a call copies its arguments and replays it.
+
+    None comes back, with a warning, if that fails. The function runs a few times, to be warm.
+
+    Args:
+        function: From tensors to a tensor, in any of which the device waits for nothing. What it
+            changes it must change in place.
+        args: Example arguments, on the device.
+    """
+    own = [arg.clone() for arg in args]
+    try:
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(WARM_UP):
+                function(*own)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = function(*own)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        warnings.warn(
+            f"steps are launched one by one: no CUDA graph of them ({reason})", stacklevel=2
+        )
+        return None
+
+    def replay(*args: Tensor) -> Tensor:
+        for mine, given in zip(own, args, strict=True):
+            mine.copy_(given, non_blocking=True)
+        graph.replay()
+        return output.clone()
+
+    return replay
 
 
 def _refuse_frozen(

@@ -99,13 +99,17 @@ class Loop:
         if not self.params:
             raise ValueError("there is nothing to train: model and guide have no parameters")
         _warn_of_left_out(self.model, self.guide, self.params)
-        self.optimizer = torch.optim.Adam(self.params, lr=options.lr, fused=True)
+        self.captures = compiled.captures(fabric.device) and _processes.size() == 1
+        self.optimizer = torch.optim.Adam(
+            self.params, lr=self._rate(0), fused=True, capturable=self.captures
+        )
         self.history: list[Row] = []
         self.best: dict[str, Tensor] = {}
         self.names: list[str] = []
         long = self.steps * options.epochs >= COMPILE_STEPS
         self.compile = long if options.compile is None else options.compile
         self.step: compiled.Step
+        self.update: Callable[..., Tensor]
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -140,6 +144,7 @@ class Loop:
         _processes.agree([*self.tensors.values(), *self.best.values()])
         if not self.over:
             self.step = self._make_step()
+            self.update = self._make_update()
 
     def train(
         self, progress: bool, on_epoch: OnEpoch | None, checkpoint: str | Path | None
@@ -166,15 +171,19 @@ class Loop:
 
     def checkpoint(self) -> Checkpoint:
         """The state of training between two epochs."""
-        slots = self.optimizer.state_dict()["state"]
         return Checkpoint(
             settings=self.identity,
             history=self.history,
             compiled=self.compile,
             tensors={name: tensor.detach() for name, tensor in self.tensors.items()},
             best=self.best,
-            optimizer={f"{i}.{key}": t for i, slot in slots.items() for key, t in slot.items()},
+            optimizer=self._slots(),
         )
+
+    def _slots(self) -> dict[str, Tensor]:
+        """What the optimizer remembers, live, as `parameter.slot`."""
+        slots = self.optimizer.state_dict()["state"]
+        return {f"{i}.{key}": t for i, slot in slots.items() for key, t in slot.items()}
 
     def _restore(self, saved: Checkpoint) -> None:
         if saved.tensors.keys() != self.tensors.keys():
@@ -205,7 +214,7 @@ class Loop:
 
         clip_norm = self.options.clip_norm if _processes.size() == 1 else None
         step = compiled.with_gradients(loss, self.params, clip_norm)
-        rows = torch.arange(self.batch_size)[self.share]
+        rows = torch.arange(self.batch_size, device=self.fabric.device)[self.share]
         example = (self._kl_weight(0), *self._stored(rows))
         kept = partial(program.undisturbed, self.model, self.guide)
         with self._running(), kept():
@@ -217,6 +226,21 @@ class Loop:
                 fast = compiled.compile_function(step, example, trial, kept, "training")
                 self.compile, step = fast is not None, fast or step
         return step
+
+    def _make_update(self) -> Callable[..., Tensor]:
+        """A whole step, as one CUDA graph where there is one and the step is compiled."""
+        if not (self.captures and self.compile):
+            return self._update
+        rows = torch.arange(self.batch_size, device=self.fabric.device)
+        example = (self._kl_weight(0), torch.as_tensor(self._rate(0)), rows)
+        tensors = self._snapshot()
+        slots = {name: slot.clone() for name, slot in self._slots().items()}
+        with self._running():
+            captured = compiled.capture(self._update, example)
+        _copy(tensors, self.tensors)  # capturing took steps; an epoch seeds its own noise
+        for name, slot in self._slots().items():
+            slot.copy_(slots[name]) if name in slots else slot.zero_()
+        return captured or self._update
 
     def _surrogate(self, args: Args, kl_weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         if isinstance(self.objective, Objective):
@@ -246,15 +270,19 @@ class Loop:
         outputs = []
         with self._running():
             for i, index in enumerate(batches):
-                outputs.append(self._update(epoch, i, self._stored(index)))
+                t = epoch * self.steps + i
+                output = self.update(self._kl_weight(t), self._rate(t), index)
+                if _known_not_finite(output):
+                    raise self._non_finite(epoch, i, self._stored(index))
+                outputs.append(output)
                 bar.update()
         terms = torch.stack(outputs)
         self._agree_on_buffers()
         self._check_finite(epoch, terms, batches)
         row = {"epoch": epoch + 1, **dict(zip(self.names, terms.mean(0)[1:].tolist(), strict=True))}
         row |= {f"valid_{name}": value for name, value in self._validate().items()}
-        row["lr"] = self.optimizer.param_groups[0]["lr"]
-        row["kl_weight"] = float(self._kl_weight(epoch * self.steps + self.steps - 1))
+        row["lr"] = float(self._rate(t))
+        row["kl_weight"] = float(self._kl_weight(t))
         row["seconds"] = time.perf_counter() - start
         self.history.append(row)
         if self.valid is None or _best(self.history) == epoch:
@@ -263,17 +291,14 @@ class Loop:
         bar.set_postfix(epoch=f"{epoch + 1}/{self.options.epochs}", **shown)
         return row
 
-    def _update(self, epoch: int, i: int, batch: Args) -> Tensor:
-        """One step of the optimizer; the loss and its terms."""
-        t = epoch * self.steps + i
-        output, grads = self._summed(*self.step(self._kl_weight(t), *batch))
-        if output.device.type == "cpu" and not math.isfinite(output[0]):
-            raise self._non_finite(epoch, i, batch)
-        for param, grad in zip(self.params, grads, strict=True):
-            param.grad = grad
-        done = t / (self.steps * self.options.epochs)
-        self.optimizer.param_groups[0]["lr"] = self.options.rate(done)
-        self.optimizer.step()
+    def _update(self, kl_weight: Tensor, rate: float | Tensor, index: Tensor) -> Tensor:
+        """The loss and its terms, and a step of the optimizer; none from a loss not finite."""
+        output, grads = self._summed(*self.step(kl_weight, *self._stored(index)))
+        if not _known_not_finite(output):
+            for param, grad in zip(self.params, grads, strict=True):
+                param.grad = grad
+            self.optimizer.param_groups[0]["lr"] = rate
+            self.optimizer.step()
         return output
 
     def _summed(self, output: Tensor, grads: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
@@ -299,10 +324,16 @@ class Loop:
         weight = min(1.0, (t + 1) / warmup) if warmup else 1.0
         return torch.full((), weight, device=self.fabric.device)
 
+    def _rate(self, t: int) -> float | Tensor:
+        """Learning rate at step `t` of all; a tensor where it must not be frozen in a graph."""
+        rate = self.options.rate(t / (self.steps * self.options.epochs))
+        return torch.full((), rate, device=self.fabric.device) if self.captures else rate
+
     def _stored(self, index: Tensor) -> Args:
         """Rows as they are stored."""
         data = self.data.data
-        return tuple(part[index] for part in (data if isinstance(data, tuple) else (data,)))
+        parts = data if isinstance(data, tuple) else (data,)
+        return tuple(part.index_select(0, index) for part in parts)
 
     def _seen(self, stored: Args) -> Args:
         """What the model sees of rows as stored."""
@@ -388,6 +419,11 @@ def _warn_of_left_out(model: PyroFunction, guide: PyroFunction, params: Sequence
                 "by pyro.module in a plain function, or as a submodule of its owner",
                 stacklevel=4,
             )
+
+
+def _known_not_finite(output: Tensor) -> bool:
+    """Whether a loss is not finite, where asking does not wait for a device."""
+    return output.device.type == "cpu" and not math.isfinite(output[0])
 
 
 def _on_own_tensors(fn: PyroFunction) -> PyroFunction:

@@ -289,3 +289,63 @@ def test_two_vaes_trained_one_after_the_other_compiled_both_learn():
         before = {name: p.clone() for name, p in vae.named_parameters()}
         pyrovae.fit(vae, x, epochs=3, batch_size=16, progress=False, compile=True)
         assert not any(torch.equal(p, before[name]) for name, p in vae.named_parameters())
+
+
+def emulated(function, args):
+    """What a CUDA graph does with a step: it runs to be warm, then on arguments of its own."""
+    own = [arg.clone() for arg in args]
+    for _ in range(compiled.WARM_UP):
+        function(*own)
+
+    def replay(*args):
+        for mine, given in zip(own, args, strict=True):
+            mine.copy_(given)
+        return function(*own).clone()
+
+    return replay
+
+
+def trained(device="cpu"):
+    """Weights and history of a short compiled run."""
+    torch.manual_seed(0)
+    vae = Program().vae
+    x = torch.rand(20, 4, generator=torch.Generator().manual_seed(0)).round()
+    options = {"batch_size": 5, "lr": 0.05, "kl_warmup": 2, "compile": True}
+    history = pyrovae.fit(vae, x, epochs=3, accelerator=device, **options)
+    return {n: t.cpu() for n, t in vae.state_dict().items()}, history
+
+
+@pytest.fixture(scope="module")
+def launched():
+    """A run whose steps are launched one by one."""
+    return trained()
+
+
+def test_a_captured_step_trains_as_one_that_is_launched(monkeypatch, launched):
+    """On a CPU, where only the capture itself is left out: all that changes is a tensor, and the
+    runs that warm it up leave no trace."""
+    monkeypatch.setattr(compiled, "captures", lambda device: True)
+    monkeypatch.setattr(compiled, "capture", emulated)
+    _same_run(trained(), launched)
+
+
+def test_without_a_cuda_graph_steps_are_launched_one_by_one_with_one_warning(monkeypatch, launched):
+    monkeypatch.setattr(compiled, "captures", lambda device: True)
+    with pytest.warns(UserWarning, match="launched one by one: no CUDA graph of them"):
+        found = trained()
+    _same_run(found, launched)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_a_captured_step_trains_as_one_that_is_launched(monkeypatch):
+    captured = trained(device="cuda")
+    monkeypatch.setattr(compiled, "captures", lambda device: False)
+    _same_run(captured, trained(device="cuda"))
+
+
+def _same_run(found, expected):
+    """The same weights and rows, up to the rounding of a learning rate in float32."""
+    for name, tensor in expected[0].items():
+        torch.testing.assert_close(found[0][name], tensor, rtol=1e-4, atol=1e-5)
+    for row, like in zip(found[1], expected[1], strict=True):
+        assert {**row, "seconds": 0} == pytest.approx({**like, "seconds": 0}, rel=1e-4)

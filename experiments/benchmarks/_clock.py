@@ -54,6 +54,8 @@ def interleaved(peers: dict[str, Callable[[], Any]], repetitions: int) -> dict[s
             gc.collect()
             start = time.perf_counter()
             peers[name]()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             times[name].append(time.perf_counter() - start)
     return {name: median(each) for name, each in times.items()}
 

@@ -62,10 +62,10 @@ def ours(setting: Setting, x: Tensor, precision: str = "32-true", compile: bool 
     binarized = Preprocess("grey", (setting.pixels,), 255.0, binarize="dynamic")
     split = dynamic_split(x, None, "train", binarized, "pixels")
     options = Options(
-        epochs=1000, batch_size=setting.batch, lr=LR, schedule="constant", accelerator="cpu",
-        precision=precision, compile=compile,
+        epochs=1000, batch_size=setting.batch, lr=LR, schedule="constant", compile=compile,
+        accelerator=x.device.type, precision=precision,
     )  # fmt: skip
-    loop = Loop(vae(setting), split, None, ELBO(), options, options.fabric())
+    loop = Loop(vae(setting).to(x.device), split, None, ELBO(), options, options.fabric())
     with program.validation(False):
         loop.prepare(None)
 
@@ -103,16 +103,22 @@ class ByHand(nn.Module):
         return (distortion + rate) / len(x)
 
 
-def by_hand(setting: Setting, x: Tensor, compile: bool = True, bf16: bool = False) -> Peer:
+def by_hand(
+    setting: Setting,
+    x: Tensor,
+    compile: bool = True,
+    bf16: bool = False,
+    mode: str = "default",
+) -> Peer:
     """A loop over a permutation of data in memory, a fused optimizer."""
-    model = ByHand(setting)
-    loss: Any = torch.compile(model) if compile else model
+    model = ByHand(setting).to(x.device)
+    loss: Any = torch.compile(model, mode=mode) if compile else model
     optimizer = torch.optim.Adam(model.parameters(), lr=LR, fused=True)
 
     def epoch() -> None:
-        for index in torch.randperm(len(x)).split(setting.batch):
+        for index in torch.randperm(len(x), device=x.device).split(setting.batch):
             optimizer.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
                 value = loss(x[index])
             value.backward()
             optimizer.step()
