@@ -86,7 +86,7 @@ class Settings:
         batch_size: Data in a batch.
         lr: Learning rate, the highest of the schedule.
         schedule: Of the learning rate: one-cycle, cosine or constant.
-        kl_warmup: Epochs over which the weight of the KL rises to one; default: none.
+        kl_warmup: Epochs over which the weight of the KL rises to one; default: a quarter.
         clip_norm: Bound on the norm of the gradient per datum, such as 100 where training is thrown
             back again and again; default: none.
         patience: Stop after so many epochs without a better validation ELBO; default: never.
@@ -122,7 +122,7 @@ class Settings:
     batch_size: int = 128
     lr: float = 4e-3
     schedule: str = "one-cycle"
-    kl_warmup: int = 0
+    kl_warmup: int | None = None
     clip_norm: float | None = None
     patience: int | None = None
     seed: int = 0

@@ -106,6 +106,7 @@ class Loop:
         self.history: list[Row] = []
         self.best: dict[str, Tensor] = {}
         self.names: list[str] = []
+        self.kl_warmup = _kl_warmup(options, objective)
         long = self.steps * options.epochs >= COMPILE_STEPS
         self.compile = long if options.compile is None else options.compile
         self.step: compiled.Step
@@ -126,7 +127,7 @@ class Loop:
         """Whether all epochs are done, or patience has run out."""
         if len(self.history) == self.options.epochs:
             return True
-        counted = self.history[self.options.kl_warmup :]
+        counted = self.history[self.kl_warmup :]
         if self.options.patience is None or not counted:
             return False
         return len(counted) - 1 - _best(counted) >= self.options.patience
@@ -320,7 +321,7 @@ class Loop:
 
     def _kl_weight(self, t: int) -> Tensor:
         """Weight of the KL at step `t` of all, as a tensor: a number would be frozen in a graph."""
-        warmup = self.options.kl_warmup * self.steps
+        warmup = self.kl_warmup * self.steps
         weight = min(1.0, (t + 1) / warmup) if warmup else 1.0
         return torch.full((), weight, device=self.fabric.device)
 
@@ -436,6 +437,13 @@ def _on_own_tensors(fn: PyroFunction) -> PyroFunction:
             return fn(*args)
 
     return scoped
+
+
+def _kl_warmup(options: Options, objective: pyro.infer.ELBO) -> int:
+    """Epochs that warm the KL up, a quarter where nothing else was asked for."""
+    if options.kl_warmup is None:
+        return options.epochs // 4 if isinstance(objective, Objective) else 0
+    return options.kl_warmup
 
 
 def _in_words(objective: pyro.infer.ELBO) -> Any:

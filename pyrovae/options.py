@@ -63,7 +63,7 @@ class Options:
     batch_size: int = 128
     lr: float = 4e-3
     schedule: str | Schedule = "one-cycle"
-    kl_warmup: int = 0
+    kl_warmup: int | None = None
     clip_norm: float | None = None
     patience: int | None = None
     seed: int = 0
@@ -75,7 +75,7 @@ class Options:
         least = {"epochs": 1, "batch_size": 1, "kl_warmup": 0, "patience": 1, "seed": 0}
         for name, bound in least.items():
             value = getattr(self, name)
-            if value is None and name == "patience":
+            if value is None and name in ("kl_warmup", "patience"):
                 continue
             if not isinstance(value, int) or value < bound:
                 raise ValueError(f"{name} must be a whole number, at least {bound}, got {value!r}")

@@ -40,7 +40,7 @@ def fit(
     batch_size: int = 128,
     lr: float = 4e-3,
     schedule: str | Callable[[float], float] = "one-cycle",
-    kl_warmup: int = 0,
+    kl_warmup: int | None = None,
     clip_norm: float | None = None,
     patience: int | None = None,
     seed: int = 0,
@@ -76,7 +76,8 @@ def fit(
         lr: Learning rate of Adam: the highest of the schedule.
         schedule: one-cycle, cosine, constant, or a function from the fraction of training done to
             a multiple of `lr`.
-        kl_warmup: Epochs over which the weight of the KL rises to one; for our own objectives.
+        kl_warmup: Epochs over which the weight of the KL rises to one, for objectives of
+            `pyrovae.objectives`; None is a quarter of all for those, none for Pyro's.
         clip_norm: Bound on the norm of the gradient per datum, against steps that throw training
             back; None for no bound.
         patience: Stop after so many epochs, counted from the end of the KL warm-up, without a

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).parent.parent / "experiments"
 SCRIPTS = sorted([*FOLDER.glob("[a-z]*.py"), *FOLDER.glob("benchmarks/[a-z]*.py")])
@@ -13,6 +14,8 @@ SCRIPTS = sorted([*FOLDER.glob("[a-z]*.py"), *FOLDER.glob("benchmarks/[a-z]*.py"
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_runs(script, tmp_path):
+    if script.name == "gpu.py" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
     command = [sys.executable, str(script), "--smoke", "--results", str(tmp_path)]
     subprocess.run(command, check=True, timeout=300)
     assert list(tmp_path.glob("*.json"))

@@ -293,6 +293,14 @@ def test_kl_warmup_rises_step_by_step():
         assert row["elbo"] == pytest.approx(row["reconstruction"] - row["kl"], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("objective", "weights"), [(None, [0.5, 1.0] + [1.0] * 6), (Trace_ELBO(), [1.0] * 8)]
+)
+def test_a_quarter_of_the_epochs_warms_the_kl_up_by_default(objective, weights):
+    history = fit(make_vae(), make_data(), epochs=8, objective=objective)
+    assert [row["kl_weight"] for row in history] == pytest.approx(weights)
+
+
 def test_schedule_reaches_the_optimizer(monkeypatch):
     rates = []
     step = torch.optim.Adam.step
