@@ -3,7 +3,7 @@
 Question: trained for the same epochs with the hidden layers in bfloat16, is the test log p(x) that
           of float32?
 Command:  python experiments/precision.py --data-root DATA
-Hardware: two cores with bfloat16 instructions, no GPU; about fifteen minutes.
+Hardware: two cores with bfloat16 instructions, no GPU; about eight minutes.
 Expected: within 0.1 nats on binary data; the estimates themselves are always in float32.
 
 MNIST, binarized dynamically, 50 epochs of which 12 warm the KL up; Frey faces, 200 epochs; the

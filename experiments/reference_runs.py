@@ -2,8 +2,8 @@
 
 Question: which test log p(x) does `pyrovae train --data NAME` end at, in what time and memory?
 Command:  python experiments/reference_runs.py --data-root DATA
-Hardware: two cores, no GPU; about half an hour for all, most of it log p(x).
-Expected: on MNIST (dynamic binarization, 50,000 / 10,000 / 10,000) -91.5 nats or better after 50
+Hardware: two cores, no GPU; about eight minutes for all, half of it log p(x).
+Expected: on MNIST (dynamic binarization, 50,000 / 10,000 / 10,000) -89.5 nats or better after 50
           epochs. One stochastic layer of the same size reaches -86.8 after 3,280 epochs (Burda et
           al., 2016, Table 1).
 

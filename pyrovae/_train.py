@@ -80,7 +80,7 @@ class Settings:
         latent_dim: Number of latents; several, such as 100,50, make as many layers, the first next
             to the data, each with guide and net of its own.
         inference: Order in which the guide goes through several layers: bottom-up, or top-down as
-            in ladder VAEs, which want --net.batch-norm and --kl-warmup; default: bottom-up.
+            in ladder VAEs, which want --net.batch-norm; default: bottom-up.
         objective: What is maximised.
         epochs: Passes over the training data.
         batch_size: Data in a batch.

@@ -38,11 +38,10 @@ def results_file(asked: argparse.Namespace, name: str) -> Path:
 
 
 def pixels(data_root: str | None, count: int) -> Tensor:
-    """MNIST's training images as uint8 rows, or random ones where there are none."""
-    try:
-        return data.load("mnist", data_root).train.x[:count].reshape(-1, 784)
-    except FileNotFoundError:
+    """MNIST's training images as uint8 rows, or random ones."""
+    if data_root is None:
         return torch.randint(0, 256, (count, 784), dtype=torch.uint8)
+    return data.load("mnist", data_root).train.x[:count].reshape(-1, 784)
 
 
 def interleaved(peers: dict[str, Callable[[], Any]], repetitions: int) -> dict[str, float]:

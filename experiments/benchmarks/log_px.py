@@ -51,7 +51,7 @@ def networks() -> tuple[nn.Module, nn.Module]:
     return made[0], made[1]
 
 
-def ours(x: Tensor, num_particles: int, compile: bool = True) -> Callable[[], float]:
+def ours(x: Tensor, num_particles: int, compile: bool | None = True) -> Callable[[], float]:
     """`log_px`, with all its diagnostics."""
     encoder, decoder = networks()
     net = nets.MLP((HIDDEN, HIDDEN), activation="relu")
@@ -172,7 +172,7 @@ class LogVariance(nn.Module):
         return torch.cat([loc, 2 * (softplus(raw) + 1e-4).log()], -1)
 
 
-def products(x: Tensor, num_particles: int) -> Peer:
+def products(x: Tensor, num_particles: int, onednn: bool = False) -> Peer:
     """The decoder's matrix products alone, 800 rows at once."""
     sizes = [(LATENTS, HIDDEN), (HIDDEN, HIDDEN), (HIDDEN, PIXELS)]
     layers = [(torch.randn(800, a), torch.randn(a, b)) for a, b in sizes]
@@ -180,7 +180,7 @@ def products(x: Tensor, num_particles: int) -> Peer:
     def run() -> None:
         for _ in range(len(x) * num_particles // 800):
             for h, weight in layers:
-                h @ weight
+                torch.ops.pyrovae.product(h, weight, None) if onednn else h @ weight
 
     return run
 
@@ -199,8 +199,21 @@ PEERS = {
     "plain Pyro loop": Peered(plain_pyro, 10),
     "NumPyro, jitted": Peered(numpyro_jitted, 20),
     "pythae": Peered(pythae_nll, 4),
-    "matrix products": Peered(products, 80),
+    "matrix products, torch's": Peered(products, 80),
+    "matrix products, oneDNN's": Peered(partial(products, onednn=True), 80),
 }
+SIZES = ((100, 100), (100, 1000), (100, 10_000), (1000, 100), (10_000, 100))
+"""Data and particles, with which the cost of a particle is measured."""
+
+
+def scaling(x: Tensor, repetitions: int) -> dict[str, float]:
+    """Microseconds per particle by data and particles, compiled or not as `log_px` decides."""
+    peers = {
+        f"N = {n:,}, K = {k:,}": ours(x.repeat(-(-n // len(x)), 1)[:n], k, compile=None)
+        for n, k in SIZES
+    }
+    seconds = _clock.interleaved(peers, repetitions)
+    return {name: 1e6 * s / n / k for (name, s), (n, k) in zip(seconds.items(), SIZES, strict=True)}
 
 
 def table(found: dict[str, Any]) -> str:
@@ -208,6 +221,8 @@ def table(found: dict[str, Any]) -> str:
     us = found["us_per_particle"]
     lines = ["| log p(x), 50-200-200-784 | us per particle | it / pyrovae |", "|---|---|---|"]
     lines += [f"| {name} | {us[name]:.1f} | {us[name] / us['pyrovae']:.2f} |" for name in us]
+    lines += ["", "| pyrovae | us per particle |", "|---|---|"]
+    lines += [f"| {name} | {value:.1f} |" for name, value in found["scaling"].items()]
     return "\n".join(lines)
 
 
@@ -222,11 +237,12 @@ def main() -> None:
     peers = _clock.built(
         {name: lambda p=p: p.make(x[: p.count], particles) for name, p in PEERS.items()}
     )
-    few = {n: PEERS[n].make(x[:4], particles)() for n in peers if n != "matrix products"}
+    few = {n: PEERS[n].make(x[:4], particles)() for n in peers if "products" not in n}
     assert max(few.values()) - min(few.values()) < 1, f"the peers disagree: {few}"
     seconds = _clock.interleaved(peers, asked.repetitions)
     us = {n: 1e6 * s / PEERS[n].count / particles for n, s in seconds.items()}
-    found = {"us_per_particle": us, "num_particles": particles, "mean": few}
+    sizes = {} if asked.smoke else scaling(x, min(3, asked.repetitions))
+    found = {"us_per_particle": us, "scaling": sizes, "num_particles": particles, "mean": few}
     write_json(file, found | {"made_by": _clock.environment()})
     print(table(found))
 

@@ -5,7 +5,7 @@ Question: with the same network, data, batch and optimizer, what does a step cos
           epoch with the data path that each documents?
 Command:  python experiments/benchmarks/train.py --data-root DATA
 Needs:    pip install -e ".[benchmarks]" for NumPyro and pythae; without them they are left out.
-Hardware: two cores, no GPU; about fifteen minutes.
+Hardware: two cores, no GPU; about eight minutes.
 Expected: a step at most that of torch by hand, compiled; an epoch at most 0.85 of NumPyro's, 0.35
           of Pyro's SVI with its loader, 0.15 of torch's example.
 
