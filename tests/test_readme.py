@@ -30,6 +30,9 @@ def test_program_runs(program, tmp_path, monkeypatch, capsys):
     assert "nats per datum" in capsys.readouterr().out
 
 
+BENCHMARKS = ("train", "log_px", "memory", "processes")
+
+
 @pytest.mark.parametrize("name", TABLES)
 def test_table_is_what_the_experiment_wrote(name, monkeypatch):
     monkeypatch.syspath_prepend(EXPERIMENTS)
@@ -37,6 +40,15 @@ def test_table_is_what_the_experiment_wrote(name, monkeypatch):
     rows = json.loads((EXPERIMENTS / "results" / f"{name}.json").read_text())
     assert set(rows) == set(module.ROWS)
     assert module.table(rows) in README
+
+
+@pytest.mark.parametrize("name", [*(f"benchmark_{name}" for name in BENCHMARKS), "time_to_quality"])
+def test_table_is_what_the_benchmark_wrote(name, monkeypatch):
+    for folder in (EXPERIMENTS, EXPERIMENTS / "benchmarks"):
+        monkeypatch.syspath_prepend(folder)
+    module = importlib.import_module(name.removeprefix("benchmark_"))
+    found = json.loads((EXPERIMENTS / "results" / f"{name}.json").read_text())
+    assert module.table(found) in README
 
 
 def test_better_guides_come_closer_to_a_known_posterior():
