@@ -41,8 +41,8 @@ from pyrovae.program import Args, PyroFunction
 
 _log = logging.getLogger(__name__)
 
-COMPILE_STEPS = 10_000
-"""A run of at least this many steps is compiled: compiling costs some ten seconds."""
+COMPILE_STEPS = 5_000
+"""A run of at least this many steps is compiled, so that it pays with an empty cache."""
 
 SAVE_SECONDS = 2
 """Least time between two checkpoints."""

@@ -291,6 +291,19 @@ def test_two_vaes_trained_one_after_the_other_compiled_both_learn():
         assert not any(torch.equal(p, before[name]) for name, p in vae.named_parameters())
 
 
+@pytest.mark.parametrize(
+    ("epochs", "compile", "asked"),
+    [(1, None, False), (2, None, True), (1, True, True), (2, False, False)],
+)
+def test_runs_with_steps_enough_are_compiled_unless_told(monkeypatch, epochs, compile, asked):
+    asks = []
+    monkeypatch.setattr("pyrovae.loop.COMPILE_STEPS", 8)
+    monkeypatch.setattr(compiled, "compile_function", lambda *args: asks.append(args))
+    x = torch.rand(20, 4).round()
+    pyrovae.fit(Program().vae, x, epochs=epochs, batch_size=5, compile=compile, progress=False)
+    assert bool(asks) == asked
+
+
 def emulated(function, args):
     """What a CUDA graph does with a step: it runs to be warm, then on arguments of its own."""
     own = [arg.clone() for arg in args]
