@@ -18,6 +18,7 @@ TABLES = (
     "swap_priors",
     "swap_objectives",
     "swap_likelihoods",
+    "precision",
 )
 
 
