@@ -30,7 +30,6 @@ Step = Callable[..., tuple[Tensor, Sequence[Tensor]]]
 TOLERANCE = 1e-4
 """Relative difference of a graph from its program that rounding explains."""
 
-
 WARM_UP = 3
 """Runs before a CUDA graph is captured, in which libraries take what memory they need."""
 

@@ -20,6 +20,7 @@ TABLES = (
     "swap_likelihoods",
     "precision",
 )
+BENCHMARKS = ("train", "log_px", "memory", "processes")
 
 
 @pytest.mark.parametrize(
@@ -29,9 +30,6 @@ def test_program_runs(program, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exec(compile(program, "README.md", "exec"), {})
     assert "nats per datum" in capsys.readouterr().out
-
-
-BENCHMARKS = ("train", "log_px", "memory", "processes")
 
 
 @pytest.mark.parametrize("name", TABLES)

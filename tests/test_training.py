@@ -294,10 +294,10 @@ def test_kl_warmup_rises_step_by_step():
 
 
 @pytest.mark.parametrize(
-    ("objective", "weights"), [(None, [0.5, 1.0] + [1.0] * 6), (Trace_ELBO(), [1.0] * 8)]
+    ("objective", "weights"), [(None, [1 / 3, 2 / 3] + [1.0] * 10), (Trace_ELBO(), [1.0] * 12)]
 )
 def test_a_quarter_of_the_epochs_warms_the_kl_up_by_default(objective, weights):
-    history = fit(make_vae(), make_data(), epochs=8, objective=objective)
+    history = fit(make_vae(), make_data(), epochs=12, objective=objective)
     assert [row["kl_weight"] for row in history] == pytest.approx(weights)
 
 

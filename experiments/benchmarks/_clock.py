@@ -9,6 +9,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -81,7 +82,7 @@ def environment() -> dict[str, Any]:
     versions = {}
     for name in ("jax", "numpyro", "pythae"):
         try:
-            versions[name] = __import__("importlib.metadata").metadata.version(name)
+            versions[name] = metadata.version(name)
         except ImportError:
             continue
     return made_by() | versions | {"processor": processor, "cores": os.cpu_count()}

@@ -4,7 +4,7 @@ Question: what is the peak memory of a process that trains, beside one that does
           by hand; does that of log p(x) grow with the particles or the data?
 Command:  python experiments/benchmarks/memory.py
 Hardware: two cores, no GPU; about one minute.
-Expected: training within 1.2 of torch by hand; log p(x) flat.
+Expected: training within 1.2 of torch by hand; log p(x) flat in K, and a few times the data in N.
 
 Each figure is the peak resident memory of a process of its own, on 12,800 random images, less that
 of one that only imports what it needs and makes the images. Writes

@@ -6,8 +6,8 @@ Question: with the same network, data, batch and optimizer, what does a step cos
 Command:  python experiments/benchmarks/train.py --data-root DATA
 Needs:    pip install -e ".[benchmarks]" for NumPyro and pythae; without them they are left out.
 Hardware: two cores, no GPU; about eight minutes.
-Expected: a step at most that of torch by hand, compiled; an epoch at most 0.85 of NumPyro's, 0.35
-          of Pyro's SVI with its loader, 0.15 of torch's example.
+Expected: a step in 0.7 of the time of torch by hand, compiled, or less; an epoch in 1.2 times that
+          of NumPyro, a quarter of Pyro's SVI with its loader, a third of torch's example.
 
 Peers run interleaved in one process; figures are medians. "Matrix products" is what the network's
 products alone cost, forward and backward. Writes experiments/results/benchmark_train.json and .png.

@@ -217,8 +217,10 @@ class Preprocess:
 
 
 def _uniform(x: Tensor) -> Tensor:
-    """Noise in (0, 1) of 16 bits a number: four numbers at the price of one of `torch.rand`."""
-    words = torch.randint(-(2**63), 2**63 - 1, (x.numel() // 4 + 1,), device=x.device)
+    """Uniform noise of x's shape; on a CPU of 16 bits, in a third of the time of `torch.rand`."""
+    if x.device.type != "cpu":  # where numbers are not drawn one after the other
+        return torch.rand_like(x)
+    words = torch.randint(-(2**63), 2**63 - 1, (x.numel() // 4 + 1,))
     halves = words.view(torch.int32)
     bits = torch.cat([halves & 0xFFFF, (halves >> 16) & 0xFFFF])[: x.numel()]
     return (bits.view(x.shape).to(x.dtype) + 0.5) / 2**16
