@@ -15,10 +15,10 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyrovae import _products
@@ -91,27 +91,125 @@ def compile_function(
         kept: Puts random state and buffers back: runs here draw numbers and move batch statistics.
         task: What runs uncompiled where it fails, for the warning.
     """
+    try:
+        graph = _traced(function, args, trial, kept)
+        return _made(graph, args, kept)
+    except Exception as error:  # whatever Pyro, the tracer, the compiler or a toolchain raises
+        _warn(task, error)
+        return None
+
+
+class Halves(NamedTuple):
+    """A function cut in two: `function(*args, *others) = rest(*first(*args), *others)`.
+
+    Attributes:
+        first: What depends on the first arguments alone.
+        rest: What is left.
+    """
+
+    first: Callable[..., tuple[Tensor, ...]]
+    rest: Callable[..., tuple[Tensor, ...]]
+
+
+def compile_halves(
+    function: Callable[..., tuple[Tensor, ...]],
+    args: Sequence[Tensor],
+    trial: Sequence[Tensor],
+    count: int,
+    kept: Callable[[], AbstractContextManager],
+    compile: bool,
+    task: str,
+) -> Halves | None:
+    """Trace a function without randomness, and cut off what its first arguments decide alone.
+
+    None comes back if that fails, with a warning if it was to be compiled.
+
+    Args:
+        function: From tensors to tensors.
+        args: Example arguments, to trace with.
+        trial: Other arguments of the same shapes, to compare graph and function on.
+        count: How many arguments stay while the others change.
+        kept: Puts random state and buffers back.
+        compile: Compile the rest; else it runs as it was traced.
+        task: What runs uncompiled where it fails, for the warning.
+    """
+    try:
+        graph = _traced(function, args, trial, kept)
+        first, rest = _cut(graph, count)
+        fixed = first(*trial[:count])
+        for others in (args[count:], trial[count:]):  # twice: the first half's numbers stay
+            _compare(function(*trial[:count], *others), rest(*fixed, *others))
+        made = _made(rest, (*first(*args[:count]), *args[count:]), kept) if compile else rest
+        return Halves(torch.no_grad()(first), torch.no_grad()(made))
+    except Exception as error:  # as above
+        if compile:
+            _warn(task, error)
+        return None
+
+
+def _cut(graph: fx.GraphModule, count: int) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """What depends on the first `count` arguments alone, as one graph, and the rest as another."""
+    nodes = list(graph.graph.nodes)
+    inputs = [node for node in nodes if node.op == "placeholder"]
+    later = set(inputs[count:])
+    for node in nodes:
+        if node.op == "output" or later.intersection(node.all_input_nodes):
+            later.add(node)
+    early = [node for node in nodes if node not in later]
+    passed = [n for n in early if n.op != "get_attr" and later.intersection(n.users)]
+    copies: dict[fx.Node, fx.Node] = {}
+    first, rest = fx.Graph(), fx.Graph()
+    for node in early:
+        copies[node] = first.node_copy(node, copies.__getitem__)
+    first.output(tuple(copies[node] for node in passed))
+    copies = {}
+    for node in passed:
+        copies[node] = rest.placeholder(f"given_{node.name}")
+        copies[node].meta = node.meta
+    for node in nodes:
+        if node in later or node.op == "get_attr":
+            copies[node] = rest.node_copy(node, copies.__getitem__)
+    for half in (first, rest):
+        half.eliminate_dead_code()
+    return fx.GraphModule(graph, first), fx.GraphModule(graph, rest)
+
+
+def _traced(
+    function: Callable[..., Any],
+    args: Sequence[Tensor],
+    trial: Sequence[Tensor],
+    kept: Callable[[], AbstractContextManager],
+) -> fx.GraphModule:
+    """A graph of the function that agrees with it on other arguments."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with kept():
+            graph: fx.GraphModule = make_fx(function)(*args)
+        _refuse_frozen(function, torch.no_grad()(graph), trial, kept)
+    return graph
+
+
+def _made(
+    graph: fx.GraphModule, args: Sequence[Tensor], kept: Callable[[], AbstractContextManager]
+) -> Any:
+    """A graph, compiled for these arguments and run once."""
     # Says that there is no GPU on machines with a CUDA toolkit.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with kept():
-                graph = make_fx(function)(*args)
-            _refuse_frozen(function, torch.no_grad()(graph), trial, kept)
-            _products.hand_over(graph)  # after the trial: other libraries round otherwise
-            # Torch's noise, that of eager runs, is quicker on a CPU than the compiler's own.
-            made: Any = torch.compile(graph, options={"fallback_random": True})
-            compiled = torch.no_grad()(made)
-            with kept():
-                compiled(*args)
-    except Exception as error:  # whatever Pyro, the tracer, the compiler or a toolchain raises
-        reason = " ".join(str(error).split("\n")[:2]).strip() or type(error).__name__
-        warnings.warn(
-            f"{task} runs uncompiled: the program could not be compiled ({reason})", stacklevel=2
-        )
-        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _products.hand_over(graph)  # after the trial: other libraries round otherwise
+        # Torch's noise, that of eager runs, is quicker on a CPU than the compiler's own.
+        compiled = torch.no_grad()(torch.compile(graph, options={"fallback_random": True}))
+        with kept():
+            compiled(*args)
     return compiled
+
+
+def _warn(task: str, error: Exception) -> None:
+    reason = " ".join(str(error).split("\n")[:2]).strip() or type(error).__name__
+    warnings.warn(
+        f"{task} runs uncompiled: the program could not be compiled ({reason})", stacklevel=3
+    )
 
 
 def captures(device: torch.device) -> bool:
@@ -169,6 +267,10 @@ def _refuse_frozen(
         expected = function(*trial)
     with kept():
         found = graph(*trial)
+    _compare(expected, found)
+
+
+def _compare(expected: Any, found: Any) -> None:
     for exact, given in zip(map(_flat, expected), map(_flat, found), strict=True):
         off = float((given - exact).norm() / exact.norm().clamp(min=1e-30))
         if off > TOLERANCE:

@@ -260,16 +260,17 @@ def test_joining_weighs_blocks_by_size():
             "method": "importance",
             "num_particles": 3,
             "seed": 0,
+            "how": "importance sampling",
             "num_dims": dims,
         } | kwargs
-        return LogPx(*[values] * 5, **settings)
+        return LogPx(*[values] * 6, **settings)
 
     joined = LogPx.join([part([1.0, 2.0, 3.0], 10.0), part([6.0], 2.0)])
     assert joined.mean == 3.0
     assert joined.num_dims == 8.0
     assert joined.mean_std_error == pytest.approx(math.sqrt(1 + 4 + 9 + 36) / 4)
     assert joined.test_std_error == pytest.approx(np.std([1, 2, 3, 6], ddof=1) / 2)
-    for other in ({"seed": 1}, {"num_particles": 4}, {"method": "annealed"}, {"data": "other"}):
+    for other in ({"seed": 1}, {"num_particles": 4}, {"how": "annealing"}, {"data": "other"}):
         with pytest.raises(ValueError, match="different settings"):
             LogPx.join([part([1.0], 1.0), part([1.0], 1.0, **other)])
     with pytest.raises(ValueError, match="no estimate"):
@@ -446,7 +447,7 @@ def test_what_is_said():
     assert str(good).endswith("k-hat is above 0.7 for 0 of 11 data.")
     bad = PPCA(width=0.2)
     assert "loose by an unknown amount" in str(log_px(bad.model, bad.guide, X, 2000, seed=3))
-    assert "too few particles" in str(log_px(WIDE.model, WIDE.guide, X, 3))
+    assert "of 3 weights count" in str(log_px(WIDE.model, WIDE.guide, X, 3))
     rising = PPCA(width=0.75, latent_dim=3)
     assert isinstance(log_px(rising.model, rising.guide, X, 50).summary()["khat_above_0.7"], int)
 

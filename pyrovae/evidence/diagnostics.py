@@ -78,7 +78,65 @@ def _tail_shape(log_w: np.ndarray) -> float:
         return math.nan
     if np.exp(largest[len(largest) // 4] - largest[-1]) == 0:  # too few weights for a tail
         return math.inf
-    floor = largest[-1] - 1e4  # arviz fits no infinities; this is a weight of zero too
     with np.errstate(all="ignore"):  # it divides by excesses that are zero
-        _, shape = array_stats.psislw(-np.maximum(log_w, floor))
+        _, shape = array_stats.psislw(-_floored(log_w))
     return math.inf if np.isnan(shape) else float(shape)
+
+
+def std_error_of_copies(log_w: Tensor, copies: int) -> Tensor:
+    """Standard error where draw k is of randomization k % R: of the spread of their R means.
+
+    Draws of one randomization depend on each other, randomizations do not.
+
+    Args:
+        log_w: Log weights, nats, shape `(K, N)`.
+        copies: R.
+    """
+    return std_error(torch.stack([log_mean_exp(log_w[r::copies]) for r in range(copies)]))
+
+
+def std_error_of_strata(log_w: Tensor, second: Tensor) -> Tensor:
+    r"""Standard error where so many draws are made of one part of a mixture, so many of another.
+
+    .. math:: \frac1{\bar w} \sqrt{\sum_j (K_j / K)^2 \, s_j^2 / K_j}
+
+    for parts of :math:`K_j` draws whose weights have standard deviation :math:`s_j`.
+
+    Args:
+        log_w: Log weights, nats, shape `(K, N)`.
+        second: Which draws are of the second part, shape `(K,)`.
+    """
+    whole, squares = log_mean_exp(log_w), torch.zeros_like(log_w[0])
+    for part in (log_w[~second], log_w[second]):
+        share = (log_mean_exp(part) - whole).exp() * len(part) / len(log_w)
+        error = std_error(part).where(share > 0, 0.0)  # weights of zero: no error, and no mean
+        squares = squares + (share * error).square()
+    return squares.sqrt()
+
+
+def smoothed(log_w: Tensor, khat: Tensor) -> Tensor:
+    """Log weights whose largest are quantiles of the Pareto distribution that was fitted to them.
+
+    The mean weight has less variance and a bias. What has no `khat` stays as it is.
+
+    Args:
+        log_w: Log weights, nats, shape `(K, N)`.
+        khat: Their tails' shapes, `khat(log_w)`.
+
+    References:
+        Pareto Smoothed Importance Sampling (Vehtari et al., 2024), arXiv:1507.02646
+    """
+    found = log_w.clone()
+    for n in khat.isfinite().nonzero().flatten().tolist():
+        column = _floored(log_w[:, n].cpu().numpy())
+        with np.errstate(all="ignore"):
+            normalised, _ = array_stats.psislw(-column)
+        body = column.argmin()  # where nothing was smoothed: the two differ by a constant
+        shifted = normalised + (column[body] - normalised[body])
+        found[:, n] = torch.from_numpy(shifted).to(found)
+    return found
+
+
+def _floored(log_w: np.ndarray) -> np.ndarray:
+    """Log weights without infinities, which arviz cannot fit: these are weights of zero too."""
+    return np.maximum(log_w, log_w.max() - 1e4)

@@ -33,6 +33,9 @@ from pyrovae.program import Args, Draw, PyroFunction, Score
 ACTIVE = 0.01
 """A latent is active if the variance of its posterior mean over the data is above this."""
 
+NOTHING = 0.01
+"""Nats: a latent that is not active and costs less has collapsed to the prior."""
+
 PAIRED = 1000
 """Data, at most, whose codes are scored under each other's posterior."""
 
@@ -65,6 +68,11 @@ class Layer:
     def active(self) -> Tensor:
         """Which latents are active, shape `(D,)`."""
         return self.variance > ACTIVE
+
+    @property
+    def collapsed(self) -> Tensor:
+        """Which latents are not active and cost nothing, or not to anyone's knowledge: `(D,)`."""
+        return ~self.active & ~(self.kl_per_latent >= NOTHING)
 
 
 @dataclass(frozen=True)
@@ -115,6 +123,30 @@ class Latents:
         return sum(int(layer.active.sum()) for layer in self.layers.values())
 
     @property
+    def collapsed_units(self) -> int:
+        """How many of them have collapsed: not active, and less than 0.01 nats of KL each."""
+        return sum(int(layer.collapsed.sum()) for layer in self.layers.values())
+
+    @property
+    def collapse(self) -> str:
+        """Posterior collapse in words: a sentence or two to quote."""
+        gone, of = self.collapsed_units, f"{self.num_latents:,} latents"
+        if len(self.rate) < 2:
+            return "One datum does not tell whether latents have collapsed."
+        if not gone:
+            return f"Not collapsed: each of the {of} carries something.{self._idle()}"
+        told = f"Collapsed: {gone:,} of {of} carry nothing ({self._measure()})"
+        if len(self.layers) > 1:
+            layers = (
+                f"{int(layer.collapsed.sum()):,} of {len(layer.variance):,} in {name}"
+                for name, layer in self.layers.items()
+            )
+            told += f": {', '.join(layers)}"
+        if gone == self.num_latents:
+            return f"{told}. The guide is the prior, and x is modelled without latents."
+        return f"{told}.{self._carried()}{self._idle()}"
+
+    @property
     def ceiling(self) -> float:
         """Log of the number of paired data, which mutual information cannot exceed."""
         return math.log(self.num_paired)
@@ -127,13 +159,15 @@ class Latents:
     def rows(self) -> list[dict[str, Any]]:
         """A row per latent."""
         return [
-            {"site": name, "index": i, "kl": kl, "variance": variance, "active": int(active)}
+            {"site": name, "index": i, "kl": kl, "variance": variance}
+            | {"active": int(active), "collapsed": int(collapsed)}
             for name, layer in self.layers.items()
-            for i, (kl, variance, active) in enumerate(
+            for i, (kl, variance, active, collapsed) in enumerate(
                 zip(
                     layer.kl_per_latent.tolist(),
                     layer.variance.tolist(),
                     layer.active.tolist(),
+                    layer.collapsed.tolist(),
                     strict=True,
                 )
             )
@@ -148,6 +182,7 @@ class Latents:
             "distortion_std_error": _std_error(self.distortion),
             "elbo": self.elbo,
             "active_units": self.active_units,
+            "collapsed_units": self.collapsed_units,
             "num_latents": self.num_latents,
             "mutual_information": self.mutual_information,
             "marginal_kl": self.marginal_kl,
@@ -160,6 +195,7 @@ class Latents:
                     "kl": float(layer.kl.mean()),
                     "kl_std_error": _std_error(layer.kl),
                     "active_units": int(layer.active.sum()),
+                    "collapsed_units": int(layer.collapsed.sum()),
                     "num_latents": len(layer.variance),
                 }
                 for name, layer in self.layers.items()
@@ -184,6 +220,35 @@ class Latents:
             self._information(),
         ]
         return " ".join(sentence for sentence in sentences if sentence)
+
+    def _measure(self) -> str:
+        spread = f"posterior means that vary by less than {ACTIVE:g}"
+        return spread if self._each.isnan().all() else f"less than {NOTHING:g} nats each, {spread}"
+
+    def _carried(self) -> str:
+        """What the latents that have not collapsed cost together, and each on average."""
+        left = self.num_latents - self.collapsed_units
+        total = float(self._each[~self._all("collapsed")].sum())
+        if math.isnan(total):  # not known latent by latent
+            total = float(self.rate.mean())
+        if math.isnan(total):
+            return ""
+        return f" The other {left:,} carry {total:.2f} nats, {total / left:.2f} each."
+
+    def _idle(self) -> str:
+        """Latents that tell nothing of x, and cost something all the same."""
+        idle = ~self._all("active") & ~self._all("collapsed")
+        if not idle.any():
+            return ""
+        nats = float(self._each[idle].sum())
+        return f" {int(idle.sum()):,} are not active, but cost {nats:.2f} nats."
+
+    @property
+    def _each(self) -> Tensor:
+        return self._all("kl_per_latent")
+
+    def _all(self, name: str) -> Tensor:
+        return torch.cat([getattr(layer, name) for layer in self.layers.values()])
 
     def _by_layer(self) -> Iterator[str]:
         if len(self.layers) > 1:

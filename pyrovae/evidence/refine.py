@@ -230,6 +230,13 @@ def _programs(
     )
 
 
+def unrefined(guide: PyroFunction) -> PyroFunction:
+    """The guide that was refined, a function of the same arguments: blind to the parameters."""
+    assert isinstance(guide, functools.partial), "made by refine"
+    before, num_args, _ = guide.args
+    return functools.partial(_blind, before, num_args)
+
+
 def _blind(model: PyroFunction, num_args: int, *args: Tensor) -> Any:
     return model(*args[:num_args])
 

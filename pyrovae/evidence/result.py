@@ -10,7 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PER_DATUM = ("values", "std_error", "ess", "khat", "gain_per_doubling")
+PER_DATUM = ("values", "std_error", "ess", "khat", "gain_per_doubling", "spent")
+
+CLAIMS = {"a lower bound": ">=", "an estimate": "~", "the value": "="}
+"""What an estimate is in expectation, and the sign for it."""
+
+NOTICEABLE = 1e-3
+"""An error of an exact value to be told of, nats."""
+
+ALIKE = 0.4
+"""Share of chains that count, below which there are too few distributions."""
+
 RELIABLE = 0.7
 """The k-hat above which importance sampling is not to be relied on (Vehtari et al., 2024)."""
 
@@ -21,13 +31,18 @@ class LogPx:
 
     Attributes:
         values: log p(x) of each datum, shape `(N,)`: in expectation a lower bound.
-        std_error: Monte Carlo standard error of each, shape `(N,)`.
+        std_error: Monte Carlo standard error of each, shape `(N,)`; of an exact value, what bounds
+            its error.
         ess: Effective sample size of each, shape `(N,)`.
         khat: Pareto k-hat of each datum's weights, shape `(N,)`.
         gain_per_doubling: What the last doubling of K added to each, shape `(N,)`.
+        spent: Log weights that each was made of, shape `(N,)`: K, or more where it was asked for.
         method: The estimator.
         num_particles: K.
         seed: Of the noise.
+        how: What the estimator did, in words.
+        settings: The estimator's own settings.
+        claim: What the values are in expectation, one of `CLAIMS`.
         data: What the data are: set, split, binarization.
         num_dims: Observed entries of the mean datum, for bits per dimension.
     """
@@ -37,9 +52,13 @@ class LogPx:
     ess: Tensor
     khat: Tensor
     gain_per_doubling: Tensor
+    spent: Tensor
     method: str
     num_particles: int
     seed: int
+    how: str
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    claim: str = "a lower bound"
     data: str = ""
     num_dims: float = math.nan
 
@@ -82,11 +101,11 @@ class LogPx:
         Raises:
             ValueError: If they differ in method, K, seed or data, or there is none.
         """
-        settings = {(part.method, part.num_particles, part.seed, part.data) for part in parts}
-        if not settings:
+        known = {(part.how, part.num_particles, part.seed, part.data) for part in parts}
+        if not known:
             raise ValueError("there is no estimate to join")
-        if len(settings) != 1:
-            raise ValueError(f"estimates of different settings cannot be joined: {settings}")
+        if len(known) != 1:
+            raise ValueError(f"estimates of different settings cannot be joined: {known}")
         sizes = torch.tensor([float(len(part.values)) for part in parts])
         dims = torch.tensor([part.num_dims for part in parts])
         joined: dict[str, Any] = {n: torch.cat([getattr(p, n) for p in parts]) for n in PER_DATUM}
@@ -101,7 +120,11 @@ class LogPx:
             "test_std_error": self.test_std_error,
             "bits_per_dim": self.bits_per_dim,
             "method": self.method,
+            "how": self.how,
+            "settings": self.settings,
+            "claim": self.claim,
             "num_particles": self.num_particles,
+            "spent_mean": float(self.spent.double().mean()),
             "seed": self.seed,
             "num_data": len(self.values),
             "num_dims": self.num_dims,
@@ -115,21 +138,57 @@ class LogPx:
     def __str__(self) -> str:
         """A paragraph to quote."""
         n = len(self.values)
+        if self.claim == "the value":
+            return self._exactly()
         gain = float(self.gain_per_doubling.mean())
         sentences = [
-            f"log p(x) >= {self.mean:.2f} nats per datum: a lower bound by {self.method} sampling "
-            f"from the guide with K = {self.num_particles:,} particles (seed {self.seed}), mean "
-            f"over {n:,} data" + (f" ({self.data})." if self.data else "."),
+            f"log p(x) {CLAIMS[self.claim]} {self.mean:.2f} nats per datum: {self.claim} by "
+            f"{self.how}{self._spending()} (seed {self.seed}), mean over {n:,} data"
+            + (f" ({self.data})." if self.data else "."),
             f"Standard error {self._errors()}{self._bits()}.",
         ]
         if self.num_particles > 1:
             sentences.append(f"The last doubling of K added {gain:.3f} nats.")
-        if self.khat.isnan().all():
-            sentences.append("There are too few particles for k-hat.")
-        else:
-            above = f"k-hat is above {RELIABLE} for {self.num_unreliable:,} of {n:,} data"
-            sentences.append(above + self._advice(gain))
+        sentences.append(self._of_few() if self.khat.isnan().all() else self._of_many(gain))
         return " ".join(sentences)
+
+    def _of_many(self, gain: float) -> str:
+        above = (
+            f"k-hat is above {RELIABLE} for {self.num_unreliable:,} of {len(self.values):,} data"
+        )
+        return above + self._advice(gain)
+
+    def _of_few(self) -> str:
+        """What can be said of weights that are too few for k-hat, such as those of chains."""
+        if self.num_particles == 1:
+            return "There is no telling how far one weight is from the others."
+        alike = f"{float(self.ess.mean()):.1f} of {self.num_particles:,} weights count on average"
+        if self.method == "annealed" and float(self.ess.mean()) < ALIKE * self.num_particles:
+            return f"{alike}: the bound is loose. Take more distributions."
+        return f"{alike}."
+
+    def _exactly(self) -> str:
+        """The paragraph of values without chance."""
+        n, error = len(self.values), float(self.std_error.max())
+        off = int((self.std_error > NOTICEABLE).sum())
+        sentences = [
+            f"log p(x) = {self.mean:.4f} nats per datum: the value by {self.how}, mean over {n:,} "
+            + (f"data ({self.data})." if self.data else "data."),
+            f"By its own account no datum is off by more than {error:.1e} nats."
+            if not off
+            else f"{off:,} of {n:,} data may be off by more than {NOTICEABLE} nats, the worst by "
+            f"{error:.1e}: raise max_evaluations, or anneal.",
+        ]
+        if n > 1:
+            sentences.append(
+                f"Standard error {self.test_std_error:.2f} from the choice of test data"
+                f"{self._bits()}."
+            )
+        return " ".join(sentences)
+
+    def _spending(self) -> str:
+        mean = float(self.spent.double().mean())
+        return "" if mean == self.num_particles else f", {mean:,.0f} on average"
 
     def _errors(self) -> str:
         errors = {"from Monte Carlo": f"{self.mean_std_error:.3f}"}

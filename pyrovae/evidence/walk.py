@@ -18,6 +18,7 @@ from tqdm import tqdm
 from pyrovae import _processes, nets, program
 from pyrovae._random import key
 from pyrovae.data import as_split
+from pyrovae.evidence.keep import Kept
 from pyrovae.program import Args, PyroFunction
 
 ROWS = 800
@@ -74,6 +75,7 @@ class Walk:
         progress: bool = False,
         density: bool = True,
         shared: bool = False,
+        kept: Kept | None = None,
     ) -> list[T]:
         """What a function makes of each block: of its data, and of where in the data they are.
 
@@ -83,36 +85,61 @@ class Walk:
             progress: Show a bar.
             density: Refuse first what has no density per datum; else what cannot run at all.
             shared: Divide the blocks among the processes of the group; each gets all results.
+            kept: Blocks that are done already, and the file for those that are done here.
         """
-        numbers = self.numbers
+        found: dict[int, T] = kept.found if kept else {}
+        left = [number for number in self.numbers if number not in found]
         if shared:
             self.seed = _processes.gather(self.seed)[0]
-            numbers = numbers[_processes.rank() :: _processes.size()]
+            left = left[_processes.rank() :: _processes.size()]
         model, guide = self.programs.model, self.programs.guide
         with torch.no_grad(), self.programs.running():
             with program.undisturbed(model, guide):
                 program.check(model, guide, self.args(slice(0, 7)), alone=density)
-            bar = tqdm(numbers, desc=task, disable=not (progress and _processes.leads()))
-            found = {number: self._block(function, number) for number in bar}
+            bar = tqdm(left, desc=task, disable=not (progress and _processes.leads()))
+            try:
+                for number in bar:
+                    found[number] = self._block(function, number)
+                    if kept:
+                        kept.save(at_once=False)
+            finally:
+                if kept:
+                    kept.save()
         if shared:
-            found = {n: made for theirs in _processes.gather(found) for n, made in theirs.items()}
+            for theirs in _processes.gather({number: found[number] for number in left}):
+                found |= theirs
         return [found[number] for number in self.numbers]
 
     def has_density(self) -> bool:
         """Whether the guide's latents all have a density; a plain autoencoder's have none."""
+        guide = self.programs.guide
+        return self.on_few(lambda few: not program.points(program.draw(guide, few)), density=False)
+
+    def on_few(self, function: Callable[[Args], T], density: bool = True) -> T:
+        """What a function makes of a few of the data, once the program has passed its checks.
+
+        Args:
+            function: Runs as in `map`, without a seed.
+            density: Refuse first what has no density per datum; else what cannot run at all.
+        """
         model, guide = self.programs.model, self.programs.guide
         with torch.no_grad(), self.programs.running(), program.undisturbed(model, guide):
             few = self.args(slice(0, 7))
-            program.check(model, guide, few)
-            return not program.points(program.draw(guide, few))
+            program.check(model, guide, few, alone=density)
+            with program.in_mode(False, model, guide), program.validation(False):
+                return function(few)
 
     def args(self, index: slice) -> Args:
         """Some of the data, as model and guide take them."""
         return tuple(self.programs.to(arg) for arg in program.as_args(self.split[index]))
 
+    def where(self, number: int) -> slice:
+        """Where in the data a block is."""
+        return slice(number * self.size, (number + 1) * self.size)
+
     def _block(self, function: Callable[[Args, slice], T], number: int) -> T:
         model, guide = self.programs.model, self.programs.guide
-        index = slice(number * self.size, (number + 1) * self.size)
+        index = self.where(number)
         with program.undisturbed(model, guide), program.in_mode(False, model, guide):
             torch.manual_seed(key(self.seed, number))
             args = self.args(index)

@@ -42,6 +42,7 @@ from pyrovae.plotting.panels import (
     tidy_axes,
     with_minus,
 )
+from pyrovae.plotting.posterior import posterior
 from pyrovae.program import undisturbed
 from pyrovae.vae import VAE
 
@@ -51,6 +52,7 @@ __all__ = [
     "latent_space",
     "log_px_histogram",
     "manifold",
+    "posterior",
     "reconstructions",
     "samples",
     "training_curves",

@@ -23,6 +23,7 @@ from pyrovae.program.densities import (
     Refused,
     Score,
     draw,
+    family,
     given,
     is_enumerated,
     latents,
@@ -84,6 +85,7 @@ def check(
         if not scaled:
             refuse_scales(scores | drawn.scores)
         if alone:
+            _check_reach(drawn, scores)
             _check_rows_alone(model, guide, few, drawn, scores)
         where = "model and guide fail on a batch of 14 rows, 7 data twice"
         attempt(where, lambda: log_weights(model, guide, few, 2))
@@ -287,6 +289,18 @@ def _check_alike(name: str, q: Any, p: Any) -> None:
             f"the guide draws {name!r} outside the support of the model's {name!r} "
             f"({p['fn'].support}): take a guide with that support"
         )
+
+
+def _check_reach(drawn: Draw, scores: dict[str, Score]) -> None:
+    """What the model may draw the guide must be able to draw, or a part of p(x) is left out."""
+    for name, q in drawn.scores.items():
+        if not _supports(q.fn, scores[name].fn):
+            kinds = family(q.fn), family(scores[name].fn)
+            raise Refused(
+                f"the guide cannot draw all that the model's {name!r} may be ({kinds[0]} for a "
+                f"{kinds[1]}), so log p(x) would come out too low: take a guide with the model's "
+                "support"
+            )
 
 
 def _num_values(site: Any) -> int | str:

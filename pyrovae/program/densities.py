@@ -95,6 +95,34 @@ def draw(guide: PyroFunction, args: Args, num_particles: int = 1, by_rows: bool 
     return _sampler(guide, args, sites, by_rows)(num_particles)
 
 
+def sampler(guide: PyroFunction, args: Args) -> Callable[[int], Draw]:
+    """A function of K that draws each latent from the guide K times for each datum.
+
+    Args:
+        guide: A Pyro function of `args`, which runs here, once.
+        args: Data.
+    """
+    return _sampler(guide, args, latents(trace(guide, args)))
+
+
+def ancestral(fn: PyroFunction, args: Args) -> dict[str, Tensor]:
+    """Each latent's value in one run of a Pyro function, but for those to be summed out.
+
+    Of a guide these are draws from q(z|x), of a model from p(z), given what it observes beside it.
+
+    Args:
+        fn: A Pyro function of `args`.
+        args: Data.
+    """
+    sites = latents(trace(fn, args)).items()
+    return {name: site["value"] for name, site in sites if not is_enumerated(site)}
+
+
+def summed_out(guide: PyroFunction, args: Args) -> frozenset[str]:
+    """Names of the guide's sites that are marked to be summed over."""
+    return frozenset(n for n, site in latents(trace(guide, args)).items() if is_enumerated(site))
+
+
 def log_joint(model: PyroFunction, args: Args, values: dict[str, Tensor]) -> Tensor:
     """Log p(x, z) of each row, in nats; sites that the model marks for enumeration summed out.
 
@@ -124,7 +152,7 @@ def log_weights(
     """
     num_data = len(args[0])
     step = min(num_particles, max(1, max_rows // num_data) if max_rows else num_particles)
-    sample = _sampler(guide, args, latents(trace(guide, args)))
+    sample = sampler(guide, args)
     rows = repeat(args, step)
 
     def weights(count: int) -> Tensor:
