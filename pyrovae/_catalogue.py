@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
-from pyrovae import guides, likelihoods, nets, objectives, priors
+from pyrovae import evidence, guides, likelihoods, nets, objectives, priors
 from pyrovae._config import class_path, parameters
 
 ROLES: dict[str, tuple[ModuleType, type]] = {
@@ -20,6 +20,7 @@ ROLES: dict[str, tuple[ModuleType, type]] = {
     "guide": (guides, guides.Guide),
     "net": (nets, nets.Net),
     "objective": (objectives, objectives.Objective),
+    "method": (evidence, evidence.Method),
 }
 """Where the parts of each role are, and what they derive from."""
 
@@ -35,14 +36,15 @@ def parts(role: str) -> dict[str, type[Any]]:
 
 
 def find(role: str, name: str) -> type[Any]:
-    """The part that a flag names: one of ours, or the user's own as `module.Class`.
+    """The part that a flag names: one of ours, in any case, or the user's own as `module.Class`.
 
     Raises:
         ValueError: If there is none of that name, or it is of another role.
     """
     known = parts(role)
-    if name in known:
-        return known[name]
+    by_lower = {ours.lower(): part for ours, part in known.items()}
+    if name.lower() in by_lower:
+        return by_lower[name.lower()]
     if "." not in name:
         raise ValueError(
             f"--{role}: there is no {role} called {name!r}{nearest(name, known)}; there are "

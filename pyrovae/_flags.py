@@ -8,6 +8,7 @@ jsonargparse. The parts are found first: their arguments are flags of their own
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import textwrap
 from collections.abc import Callable, Sequence
@@ -21,6 +22,9 @@ from pyrovae._config import Config, class_path, parameters
 
 WIDTH = 98
 
+SWITCHED = ("true", "false")
+"""What a switch takes, if anything."""
+
 
 def parse(command: str, target: Callable[..., Any], words: Sequence[str]) -> dict[str, Any]:
     """The arguments of `target` that the words of a command line give.
@@ -31,7 +35,7 @@ def parse(command: str, target: Callable[..., Any], words: Sequence[str]) -> dic
         ValueError: With one line that says what is wrong.
     """
     known = inspect.signature(target).parameters
-    roles = [name for name in known if name in ROLES]
+    roles = roles_of(target)
     chosen, rest = _part_names(_normalised(words, target), roles)
     for role in roles:
         default = known[role].default
@@ -81,6 +85,12 @@ def parameters_of(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(target).parameters)
 
 
+def roles_of(target: Callable[..., Any]) -> list[str]:
+    """The arguments that are parts, with flags of their own."""
+    taken = parameters_of(target)
+    return [name for name in ROLES if name in taken and "Config" in str(taken[name].annotation)]
+
+
 class _Parser(ArgumentParser):
     """A parser of one command, whose errors are one line in our words."""
 
@@ -92,11 +102,11 @@ class _Parser(ArgumentParser):
     ):
         super().__init__(prog=f"pyrovae {command}", add_help=False, allow_abbrev=False)
         self.command, self.target, self.chosen = command, target, chosen
-        roles = set(ROLES)
+        roles = set(roles_of(target))
         if inspect.isclass(target):
             self.add_class_arguments(target, skip=roles, instantiate=False)
         else:
-            self.add_function_arguments(target, as_positional=True)
+            self.add_function_arguments(target, as_positional=True, skip=roles)
         for key, part in chosen.items():
             self.add_class_arguments(
                 part, key, skip=GIVEN & set(parameters(part)), instantiate=False, fail_untyped=False
@@ -143,26 +153,38 @@ class _Parser(ArgumentParser):
 
 
 def _normalised(argv: Sequence[str], target: Callable[..., Any]) -> list[str]:
-    """Flags with underscores, switches (`--missing`) with their value, lists in brackets."""
+    """Flags with underscores, switches (`--missing`) with their value, lists in brackets.
+
+    Words that belong to no flag are one list where the command takes several of a kind.
+    """
     switches = {n for n, p in parameters_of(target).items() if "bool" in str(p.annotation)}
     lists = {n for n, p in parameters_of(target).items() if "Sequence" in str(p.annotation)}
+    has_places = any(p.default is p.empty for p in parameters_of(target).values())
+    several = any(parameters_of(target)[n].default is inspect.Parameter.empty for n in lists)
     words: list[str] = []
+    places: list[str] = []
     for i, word in enumerate(argv):
         if not word.startswith("--"):
             of_flag = words[-1][2:] if words and words[-1].startswith("--") else ""
+            if several and not of_flag:
+                places.append(word)
+                continue
             words.append(_bracketed(word) if of_flag in lists or "." in of_flag else word)
             continue
         flag, equals, value = word[2:].partition("=")
         flag = flag.replace("-", "_")
         following = argv[i + 1] if i + 1 < len(argv) else "--"
         words.append(f"--{flag}")
+        switched_by = following.lower() if flag in switches and not equals else ""
+        if switched_by[:2] not in ("", "--") and switched_by not in SWITCHED and not has_places:
+            raise ValueError(f"--{dashed(flag)} takes true or false, got {following!r}")
         if equals:
             words.append(_bracketed(value) if flag in lists or "." in flag else value)
-        elif (flag in switches and following.lower() not in ("true", "false")) or (
+        elif (flag in switches and following.lower() not in SWITCHED) or (
             "." in flag and flag.rpartition(".")[2] not in ROLES and following.startswith("--")
         ):
             words.append("true")
-    return words
+    return [json.dumps(places), *words] if places else words
 
 
 def _bracketed(word: str) -> str:

@@ -287,14 +287,14 @@ def build(settings: Settings, dataset: DataSet) -> tuple[VAE, Objective]:
         vae: VAE = _hierarchy(settings, likelihood, given)
     else:
         vae = VAE(
-            _made("prior", settings.prior, given),
-            _made("likelihood", likelihood, given),
-            _made("guide", settings.guide, given),
+            made("prior", settings.prior, given),
+            made("likelihood", likelihood, given),
+            made("guide", settings.guide, given),
             missing=settings.missing,
         )
     for split in (dataset.train, dataset.valid, dataset.test):
         check_data(vae.model, vae.guide, split)
-    return vae, _made("objective", settings.objective, {})
+    return vae, made("objective", settings.objective, {})
 
 
 def _hierarchy(settings: Settings, likelihood: Config, given: dict[str, Any]) -> VAE:
@@ -302,21 +302,21 @@ def _hierarchy(settings: Settings, likelihood: Config, given: dict[str, Any]) ->
     kind, dims = INFERENCE[settings.inference or "bottom-up"], settings.latent_dims
     inner = {"net": _for_vectors(settings.net)}
     below = _below_the_top(settings)
-    layers = [_made("guide", below, given)]
+    layers = [made("guide", below, given)]
     for layer, dim in enumerate(dims[1:], 2):
         config: Any = settings.guide if layer == len(dims) else below
         own = {name: _for_vectors(value) for name, value in config["init_args"].items()}
         shape = list(kind.shape_above(layers[-1]))
         given_here = inner | {"shape": shape, "latent_dim": dim}
-        layers.append(_made("guide", config | {"init_args": own}, given_here))
+        layers.append(made("guide", config | {"init_args": own}, given_here))
     conditional = {"class_path": class_path(guides.DEFAULT), "init_args": {}}
     conditionals = [
-        _made("guide", conditional, inner | {"shape": [above], "latent_dim": dim})
+        made("guide", conditional, inner | {"shape": [above], "latent_dim": dim})
         for dim, above in pairwise(dims)
     ]
     top = inner | {"shape": list(layers[-1].shape), "latent_dim": dims[-1]}
-    prior = _made("prior", settings.prior, top)
-    px = _made("likelihood", likelihood, given)
+    prior = made("prior", settings.prior, top)
+    px = made("likelihood", likelihood, given)
     return kind(prior, conditionals, px, layers, missing=settings.missing)
 
 
@@ -356,7 +356,7 @@ def wrapped(text: str) -> str:
     return textwrap.fill(text, 98)
 
 
-def _made(flag: str, config: Any, given: dict[str, Any]) -> Any:
+def made(flag: str, config: Any, given: dict[str, Any]) -> Any:
     """A part of its configuration and what data and other flags say, as far as it takes that.
 
     Raises:
@@ -367,7 +367,7 @@ def _made(flag: str, config: Any, given: dict[str, Any]) -> Any:
     for name, value in args.items():
         if isinstance(value, dict):
             place = f"{flag}.{name}" if name in config["init_args"] else name
-            args[name] = _made(place, value, {})
+            args[name] = made(place, value, {})
     try:
         return from_config(config | {"init_args": args})
     except ValueError as error:

@@ -6,81 +6,21 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import pyrovae
-from pyrovae import _catalogue, _flags, _processes, data
+from pyrovae import _catalogue, _flags, _processes
 from pyrovae._catalogue import ROLES, dashed
+from pyrovae._estimates import compare_command, gaps_command, log_px_command, posterior_command
+from pyrovae._opened import opened, test_data
 from pyrovae._processes import ProcessLost
-from pyrovae._train import (
-    SECTIONS,
-    Settings,
-    check_same_data,
-    draw,
-    load_data,
-    saved_settings,
-    train,
-    wrapped,
-)
-from pyrovae.checkpoint import replacing
-from pyrovae.data import Preprocess, Split
-from pyrovae.evidence import latents, log_px
-from pyrovae.options import Options
-from pyrovae.runs import Run, load
-from pyrovae.training import NonFiniteLoss, check_data
-from pyrovae.vae import VAE
-
-
-def log_px_command(
-    run: str,
-    num_particles: int = 5000,
-    method: str = "importance",
-    data: str | None = None,
-    data_root: str | None = None,
-    seed: int = 0,
-    accelerator: str = "auto",
-    devices: int = 1,
-) -> None:
-    """Estimate log p(x) of a run's test data, or of a file, and what the latents carry.
-
-    Prints the estimate with its errors, then rate and distortion, how many latents are active and
-    how much they share with the data. Writes both to the run's folder, with a row per datum and a
-    row per latent.
-
-    Args:
-        run: Folder of the run.
-        num_particles: Particles per datum.
-        method: How to estimate.
-        data: File or named set to score instead, treated as the run's own data were.
-        data_root: Folder with the files of the named sets; default: $PYROVAE_DATA.
-        seed: Seed of the noise.
-        accelerator: Where to compute: auto, cpu, cuda or mps.
-        devices: Processes that share the data, one on each device of this machine; under torchrun
-            and SLURM, their number. The estimate is the same.
-    """
-    if devices < 1:
-        raise ValueError(f"--devices must be at least 1, got {devices}")
-    folder, vae = _open(run)
-    split = _split(folder, data, data_root)
-    check_data(vae.model, vae.guide, split)
-    Options(accelerator=accelerator).fabric(devices).to_device(vae)
-    how: dict[str, Any] = {"method": method, "seed": seed, "progress": sys.stderr.isatty()}
-    result = log_px(vae.model, vae.guide, split, num_particles, shared=True, **how)
-    if not _processes.leads():
-        return
-    carried = latents(vae.model, vae.guide, split, seed=seed, progress=how["progress"])
-    suffix = "" if data is None else f"-{Path(data).stem}"
-    folder.add_log_px(result, f"log_px{suffix}")
-    folder.add_latents(carried, f"latents{suffix}")
-    print(wrapped(str(result)))
-    print(wrapped(str(carried)))
-    print(f"Per datum: {folder.path / 'log_px'}{suffix}.csv")
-    print(f"Per latent: {folder.path / 'latents'}{suffix}.csv")
+from pyrovae._train import SECTIONS, Settings, draw, train
+from pyrovae.data import Preprocess
+from pyrovae.runs import write_arrays
+from pyrovae.training import NonFiniteLoss
 
 
 def encode_command(
@@ -97,13 +37,13 @@ def encode_command(
         out: An .npz file; default: RUN/codes.npz.
         data_root: Folder with the files of the named sets; default: $PYROVAE_DATA.
     """
-    folder, vae = _open(run)
-    split = _split(folder, data, data_root)
+    folder, vae = opened(run)
+    split = test_data(folder, data, data_root)
     file = _writable(out or folder.path / "codes.npz")
     with torch.no_grad():
         q = [vae.eval().posterior(split[slice(i, i + 1000)]) for i in range(0, len(split), 1000)]
         codes = {"loc": torch.cat([p.mean for p in q]), "scale": torch.cat([p.stddev for p in q])}
-    _save_arrays(file, codes if split.y is None else codes | {"y": split.y})
+    write_arrays(file, codes if split.y is None else codes | {"y": split.y})
     print(f"{len(split):,} codes in {file}")
 
 
@@ -121,14 +61,14 @@ def sample_command(run: str, num_samples: int = 64, out: str | None = None, seed
     """
     if num_samples < 1:
         raise ValueError(f"--num-samples must be at least 1, got {num_samples}")
-    folder, vae = _open(run)
+    folder, vae = opened(run)
     file = _writable(out or folder.path / "samples.npz")
     torch.manual_seed(seed)
     with torch.no_grad():
         px = vae.eval().likelihood(vae.sample_latent(num_samples))
         drawn = {"x": px.sample(), "mean": px.mean}
     preprocess = folder.config.get("preprocess")
-    _save_arrays(file, {name: _in_own_units(preprocess, x) for name, x in drawn.items()})
+    write_arrays(file, {name: _in_own_units(preprocess, x) for name, x in drawn.items()})
     print(f"{num_samples:,} samples in {file}")
 
 
@@ -139,15 +79,16 @@ def plot_command(run: str, data_root: str | None = None) -> None:
         run: Folder of the run.
         data_root: Folder with the files of the named sets; default: $PYROVAE_DATA.
     """
-    folder, vae = _open(run)
-    for path in draw(folder, vae, _split(folder, None, data_root)):
+    folder, vae = opened(run)
+    for path in draw(folder, vae, test_data(folder, None, data_root)):
         print(path)
 
 
 def parts_command() -> None:
-    """List priors, likelihoods, guides, nets and objectives: when to use them, flags, papers."""
+    """List priors, likelihoods, guides, nets, objectives, methods: uses, flags, papers."""
     for role in ROLES:
-        print(f"--{role} NAME")
+        takers = [name for name, target in COMMANDS.items() if role in _flags.roles_of(target)]
+        print(f"--{role} NAME (pyrovae {', '.join(takers)})")
         for name, part in _catalogue.parts(role).items():
             print(_catalogue.entry(role, name, part))
         print()
@@ -157,6 +98,9 @@ def parts_command() -> None:
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": Settings,  # type: ignore[dict-item]
     "log-px": log_px_command,
+    "gaps": gaps_command,
+    "compare": compare_command,
+    "posterior": posterior_command,
     "encode": encode_command,
     "sample": sample_command,
     "plot": plot_command,
@@ -222,7 +166,7 @@ def _overview() -> str:
     lines = ["usage: pyrovae COMMAND ...", "", "Variational autoencoders as Pyro programs.", ""]
     for name, function in COMMANDS.items():
         first = _catalogue.read_docstring(function)[0].split("\n\n")[0]
-        lines.append(f"  {name:<8}{first}")
+        lines.append(f"  {name:<11}{first}")
     lines += ["", "Begin with: pyrovae train. What a command takes: pyrovae COMMAND --help."]
     return "\n".join(lines)
 
@@ -251,29 +195,6 @@ def _drop_stdout() -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
-def _open(path: str) -> tuple[Run, VAE]:
-    run = Run.open(path)
-    if seeds := sorted(child.parent.name for child in run.path.glob("seed-*/config.json")):
-        raise ValueError(f"{path} holds runs of several seeds: name one, such as {path}/{seeds[0]}")
-    vae = load(run.path)
-    if not isinstance(vae, VAE):
-        raise ValueError(f"{path} holds a {type(vae).__name__}, not a VAE")
-    return run, vae
-
-
-def _split(run: Run, source: str | None, root: str | None) -> Split:
-    """The run's test data, or a file as the run's model sees it."""
-    preprocess = run.config.get("preprocess")
-    if preprocess is None:
-        raise ValueError(f"{run.path} holds a saved model without data: use it from Python")
-    if source is not None:
-        return data.file_split(source, Preprocess.from_config(preprocess), root)
-    settings = saved_settings(run)
-    dataset = load_data(replace(settings, data_root=root) if root else settings)
-    check_same_data(run, dataset)
-    return dataset.test
-
-
 def _in_own_units(preprocess: dict[str, Any] | None, x: torch.Tensor) -> torch.Tensor:
     if preprocess is None or preprocess["loc"] is None:
         return x
@@ -292,12 +213,6 @@ def _writable(path: str | Path) -> Path:
     if file.is_dir():
         raise ValueError(f"--out {file} is a folder, not a file")
     return file
-
-
-def _save_arrays(file: Path, tensors: dict[str, torch.Tensor]) -> None:
-    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
-    with replacing(file) as temporary, open(temporary, "wb") as out:
-        np.savez(out, **arrays)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,10 @@ weights.safetensors    parameters and buffers
 training.safetensors   state of training, from which a run is resumed
 metrics.csv            one row per epoch
 log_px.json, .csv      log p(x) of the test data: summary, and one row per datum
+log_px.npz             the same rows as arrays
 latents.json, .csv     rate, distortion and the like: summary, and one row per latent
+gaps.json, .csv        approximation and amortization gap: summary, and one row per datum
+posterior-*.npz        draws from the posterior of one datum, and from the guide
 summary.json           time, memory, validation ELBO
 figures/*.png          pictures
 =====================  =============================================================
@@ -24,14 +27,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import pyrovae
 from pyrovae._config import from_config, to_config
 from pyrovae.checkpoint import read_tensors, replacing, write_tensors
-from pyrovae.evidence import Latents
+from pyrovae.evidence import Bracket, Gaps, Latents
 from pyrovae.evidence.result import PER_DATUM, LogPx
 from pyrovae.program import Program, owners
 
@@ -41,7 +45,10 @@ CONFIG, WEIGHTS, SUMMARY = "config.json", "weights.safetensors", "summary.json"
 METRICS, CHECKPOINT = "metrics.csv", "training.safetensors"
 WRITTEN = (
     *(CONFIG, WEIGHTS, SUMMARY, METRICS, CHECKPOINT, "log_px*.json", "log_px*.csv"),
-    *("latents*.json", "latents*.csv", "codes.npz", "samples.npz", "figures/*.png", ".*.tmp"),
+    *("log_px*.npz", "gaps*.json", "gaps*.csv", "bidirectional*.json", "bidirectional*.csv"),
+    *("*.partial", "*.partial.*"),
+    *("latents*.json", "latents*.csv", "codes.npz", "samples.npz", "posterior-*.npz"),
+    *("figures/*.png", ".*.tmp"),
 )
 """What a run consists of."""
 
@@ -212,6 +219,12 @@ class Run:
         return _read_config(self.path, must_exist=True)
 
     @property
+    def seeds(self) -> list[Run]:
+        """The runs that it holds, one for each seed; itself where there was but one."""
+        inside = sorted(self.path.glob(f"seed-*/{CONFIG}"))
+        return [Run(file.parent) for file in inside] or [self]
+
+    @property
     def begun(self) -> bool:
         """Whether it says what it is a run of."""
         return (self.path / CONFIG).exists()
@@ -250,14 +263,30 @@ class Run:
         return [row | {"epoch": int(row["epoch"])} for row in rows]
 
     def add_log_px(self, result: LogPx, name: str = "log_px") -> None:
-        """Write an estimate: its summary as JSON, and a row per datum as CSV."""
-        columns = [getattr(result, field).tolist() for field in PER_DATUM]
+        """Write an estimate: its summary as JSON, and per datum as CSV and as arrays."""
         header = ("log_px", *PER_DATUM[1:])
-        rows = [
-            {"index": i, **dict(zip(header, numbers, strict=True))}
-            for i, numbers in enumerate(zip(*columns, strict=True))
-        ]
-        _write_csv(self.path / f"{name}.csv", rows)
+        columns = {"index": torch.arange(len(result.values))}
+        columns |= {n: getattr(result, f) for n, f in zip(header, PER_DATUM, strict=True)}
+        numbers = zip(*(column.tolist() for column in columns.values()), strict=True)
+        _write_csv(self.path / f"{name}.csv", [dict(zip(columns, n, strict=True)) for n in numbers])
+        write_arrays(self.path / f"{name}.npz", columns)
+        self.write_json(f"{name}.json", result.summary() | {"made_by": made_by()})
+
+    def add_gaps(self, result: Gaps, index: Tensor, name: str = "gaps") -> None:
+        """Write where the nats go: its summary as JSON, and a row per datum as CSV.
+
+        Args:
+            result: The gaps.
+            index: Where in the data theirs are, shape `(N,)`.
+            name: Of the files.
+        """
+        pairs = zip(result.rows(), index.tolist(), strict=True)
+        _write_csv(self.path / f"{name}.csv", [row | {"index": i} for row, i in pairs])
+        self.write_json(f"{name}.json", result.summary() | {"made_by": made_by()})
+
+    def add_bracket(self, result: Bracket, name: str = "bidirectional") -> None:
+        """Write bounds from both sides: their summary as JSON, and a row per datum as CSV."""
+        _write_csv(self.path / f"{name}.csv", result.rows())
         self.write_json(f"{name}.json", result.summary() | {"made_by": made_by()})
 
     def add_latents(self, result: Latents, name: str = "latents") -> None:
@@ -275,6 +304,24 @@ class Run:
         if not file.exists():
             return None
         return torch.tensor([row["log_px"] for row in _read_csv(file, "log_px")])
+
+    def log_px(self, name: str = "log_px") -> LogPx | None:
+        """An estimate as written by `add_log_px`; None if it was not.
+
+        Raises:
+            ValueError: If a file is damaged.
+        """
+        file = self.path / f"{name}.json"
+        if not file.exists() or not file.with_suffix(".csv").exists():
+            return None
+        rows = _read_csv(file.with_suffix(".csv"), "log_px")
+        summary = _read_json(file)
+        if len(rows) != summary.get("num_data"):
+            raise ValueError(
+                f"{file} and {name}.csv are not of each other: the one is of "
+                f"{summary.get('num_data')} data, the other of {len(rows)}. Estimate anew"
+            )
+        return _log_px(summary, rows)
 
     def summarize(self, **numbers: float) -> None:
         """Write summary.json: what the run cost and came to."""
@@ -377,13 +424,36 @@ def _read_config(folder: Path, must_exist: bool = False) -> dict[str, Any]:
         if must_exist:
             raise ValueError(f"{folder} is no run or saved model: it has no {CONFIG}")
         return {}
+    return _read_json(file)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"{file} is damaged: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} is damaged: expected an object, got a {type(config).__name__}")
-    return config
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is damaged: expected an object, got a {type(content).__name__}")
+    return content
+
+
+def _log_px(summary: dict[str, Any], rows: Sequence[dict[str, float]]) -> LogPx:
+    """An estimate of its files; what older versions did not write is left unknown."""
+    columns: dict[str, Any] = {
+        field: torch.tensor([row.get(column, math.nan) for row in rows], dtype=torch.float64)
+        for field, column in zip(PER_DATUM, ("log_px", *PER_DATUM[1:]), strict=True)
+    }
+    known = {field: summary[field] for field in ("settings", "claim", "data") if field in summary}
+    method, k = summary.get("method", "unknown"), summary.get("num_particles") or 0
+    return LogPx(
+        **columns,
+        **known,
+        method=method,
+        num_particles=k,
+        seed=summary.get("seed") or 0,
+        how=summary.get("how", f"{method} with K = {k:,}"),
+        num_dims=summary.get("num_dims") or math.nan,
+    )
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
@@ -391,6 +461,13 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
     text = json.dumps(_strict(content), indent=2, allow_nan=False)
     with replacing(file) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def write_arrays(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors as arrays to an .npz file, all of it or nothing."""
+    arrays: dict[str, Any] = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
+    with replacing(file) as temporary, open(temporary, "wb") as out:
+        np.savez(out, **arrays)
 
 
 def _strict(value: Any) -> Any:

@@ -17,8 +17,9 @@ import pytest
 import torch
 
 import pyrovae
-from pyrovae import _catalogue, _flags, _train, cli
+from pyrovae import _catalogue, _estimates, _flags, _train, cli
 from pyrovae._train import Settings, load_data, saved_settings
+from pyrovae.evidence.walk import Walk
 from pyrovae.runs import Run
 
 FAST = ("--epochs", "2", "--num-particles", "3", "--latent-dim", "2", "--net.hidden", "5")
@@ -57,7 +58,7 @@ class Broken(likelihoods.Normal):
 OWN_ROLES = """
 import pyro.distributions as dist
 import torch
-from pyrovae import guides, nets, objectives, priors
+from pyrovae import evidence, guides, nets, objectives, priors
 
 class MyPrior(priors.Prior):
     def __init__(self, latent_dim: int, width: float = 1.0):
@@ -85,6 +86,16 @@ class MyNet(nets.Net):
         body = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(self.width))
         head = torch.nn.Linear(torch.Size(in_shape).numel(), torch.Size(out_shape).numel())
         return nets.Network(in_shape, out_shape, body, head)
+
+class MyMethod(evidence.Importance):
+    particles = 11
+
+    def __init__(self, width: float = 1.0):
+        super().__init__()
+        self.width = width
+
+    def describe(self, num_particles):
+        return f"{num_particles} draws of width {self.width}"
 
 class MyObjective(objectives.ELBO):
     def __init__(self, width: float = 1.0):
@@ -179,7 +190,7 @@ def test_a_run_is_all_there(pv: Callable[..., Ran]) -> None:
     figures |= {"samples", "training_curves"}
     assert names == {
         *("config.json", "weights.safetensors", "training.safetensors", "summary.json"),
-        *("metrics.csv", "log_px.csv", "log_px.json", "latents.csv", "latents.json"),
+        *("metrics.csv", "log_px.csv", "log_px.json", "log_px.npz", "latents.csv", "latents.json"),
         *(f"figures/{name}.png" for name in figures),
     }
     rows = Run("run").metrics()
@@ -216,6 +227,97 @@ def test_using_a_run(pv: Callable[..., Ran]) -> None:
     Path("moved run/figures/samples.png").unlink()
     assert "moved run/figures/samples.png" in pv("plot", "moved run")[1]
     assert Path("moved run/figures/samples.png").exists()
+
+
+def test_numbers_of_several_methods_lie_beside_each_other(pv: Callable[..., Ran]) -> None:
+    pv("train", *FAST, "--data", "real.npy", "--out", "run")
+    before = Path("run/log_px.json").read_text()
+    annealed = ("--method", "annealed", "--method.num-distributions", 3, "--num-particles", 2)
+    code, out, err = pv("log-px", "run", *annealed)
+    assert (code, err) == (0, "")
+    assert "K = 2 chains of 3 distributions" in " ".join(out.split())
+    assert "Per datum: run/log_px-annealed.csv\nPer latent: run/latents.csv\n" in out
+    found = json.loads(Path("run/log_px-annealed.json").read_text())
+    assert found["method"] == "annealed"
+    assert found["settings"]["num_distributions"] == 3
+    own = ("--data", "real.npy", "--num-particles", 30)
+    assert pv("log-px", "run", *own, "--refine", 2)[0] == 0
+    found = json.loads(Path("run/log_px-refined-real.json").read_text())
+    assert (found["settings"]["refine"], found["num_data"]) == (2, 40)
+    assert "guide refined" in found["data"]
+    assert Path("run/log_px.json").read_text() == before
+    code, out, _ = pv("log-px", "run", "--method", "Bidirectional", *annealed[2:], "--num-data", 3)
+    assert code == 0
+    assert "data drawn from the model" in " ".join(out.split())
+    assert json.loads(Path("run/bidirectional.json").read_text())["num_data"] == 3
+    assert len(Path("run/bidirectional.csv").read_text().splitlines()) == 4
+    assert not list(Path("run").glob("*.partial*"))
+    assert pv("train", *FAST, "--data", "real.npy", "--out", "run", "--overwrite")[0] == 0
+    assert not [p for p in Path("run").iterdir() if "anneal" in p.name or "bidir" in p.name]
+
+
+def test_a_method_of_ones_own(pv: Callable[..., Ran]) -> None:
+    pv("train", *FAST, "--data", "real.npy", "--out", "run")
+    own = ("--method", "own_roles.MyMethod", "--method.width", "0.5")
+    code, out, err = pv("log-px", "run", *own)
+    assert (code, err) == (0, "")
+    assert "a lower bound by 11 draws of width 0.5" in " ".join(out.split())
+    found = json.loads(Path("run/log_px-mymethod.json").read_text())
+    assert (found["num_particles"], found["settings"]) == (11, {"width": 0.5})
+
+
+def test_what_is_long_says_so_before(
+    pv: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pv("train", *FAST, "--data", "real.npy", "--out", "run")
+    assert " data x " not in pv("log-px", "run", "--num-particles", 30)[1]
+    monkeypatch.setattr(_estimates, "LONG", 0.0)
+    out = pv("log-px", "run", "--num-particles", 30)[1]
+    assert out.startswith("4 data x 30 particles = 120: about 1 s.\nlog p(x) >= ")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ((), "24 of 40 data are done already. 16 data x 150 particles = 2,400: about 1 s."),
+        (
+            ("--seed", 1),
+            "run/log_px-real.partial is part of an estimate with other seed: begun anew.",
+        ),
+    ],
+)
+def test_an_interrupted_estimate_goes_on_or_begins_anew(
+    pv: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, more: tuple[Any, ...], said: str
+) -> None:
+    pv("train", *FAST, "--data", "real.npy", "--out", "run")
+    words = ("log-px", "run", "--data", "real.npy", "--num-particles", 150)
+    assert pv(*words)[0] == 0
+    whole = Path("run/log_px-real.csv").read_bytes()
+    block = Walk._block
+
+    def stops(walk: Walk, function: Any, number: int) -> Any:
+        if number == 3:
+            raise KeyboardInterrupt
+        return block(walk, function, number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Walk, "_block", stops)
+        code, _, err = pv(*words)
+    assert code == 130
+    assert "Stopped. The same command goes on from here.\n" in err
+    assert Path("run/log_px-real.partial").exists()
+    code, out, err = pv(*words, *more)
+    assert (code, err) == (0, "")
+    assert said in " ".join(out.split())
+    assert not Path("run/log_px-real.partial").exists()
+    assert (Path("run/log_px-real.csv").read_bytes() == whole) == (not more)
+
+
+def test_parts_are_found_in_any_case(pv: Callable[..., Ran]) -> None:
+    words = ("--guide", "NORMAL", "--net", "mlp", "--objective", "elbo")
+    assert pv("train", *FAST, "--data", "real.npy", *words, "--out", "run")[0] == 0
+    model = json.loads(Path("run/config.json").read_text())["model"]["init_args"]
+    assert model["guide"]["class_path"] == "pyrovae.guides.Normal"
 
 
 def test_samples_of_standardized_data_come_in_their_own_units(pv: Callable[..., Ran]) -> None:
@@ -555,7 +657,9 @@ def _refused(ran: Ran, message: str) -> None:
         ("--kind foo", "kind: expected one of"),
         ("--epoch 3", r"no flag --epoch \(did you mean --epochs\?\)"),
         ("stray", "'stray' is not expected here"),
-        ("--missing maybe", "'maybe' is not expected here"),
+        ("--missing maybe", "--missing takes true or false, got 'maybe'"),
+        ("--compile maybe", "--compile takes true or false, got 'maybe'"),
+        ("--compile=maybe", "--compile must be true or false, got 'maybe'"),
         ("--accelerator abacus", "accelerator 'abacus'"),
         ("--resume nothing", "is no run or saved model"),
         ("--resume nothing --epochs 3", "leave out --epochs"),
@@ -597,7 +701,16 @@ def test_cuda_where_there_is_none(pv: Callable[..., Ran]) -> None:
         ("log-px real.npy", "real.npy is a file: name the folder of a run"),
         ("log-px run/config.json", "run/config.json is a file: name the folder of a run"),
         ("log-px run --num-particles 0", "num_particles must be at least 1"),
-        ("log-px run --method guess", "method"),
+        ("log-px run --method guess", "no method called 'guess'; there are Annealed, .*Importance"),
+        ("log-px run --method anealed", r"no method called 'anealed' \(did you mean Annealed\?\)"),
+        ("log-px run --method own_roles.MyNet", "derived from pyrovae.evidence.Method"),
+        ("log-px run --method annealed --method.schedule x", "--method: schedule must be one of"),
+        ("log-px run --method annealed --method.acceptance x", "must be a number, got 'x'"),
+        ("log-px run --method.start prior", "--method.start: Importance takes --method.widen, "),
+        ("log-px run --refine -1", "--refine must be at least 0, got -1"),
+        ("log-px run --num-data 3", "--num-data says how many data to draw, and importance draws"),
+        ("log-px run --method bidirectional --num-data 0", "--num-data must be at least 1, got 0"),
+        ("log-px run --method bidirectional --refine 2", "leave it out"),
         ("log-px run --data holes.npy", "expected no NaN"),
         ("log-px run --data binary.npy --latent-dim 3", "no flag --latent-dim"),
         ("log-px run --data table.csv", r"expected data of shape \(N, 4\)"),

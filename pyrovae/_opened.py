@@ -1,0 +1,39 @@
+"""A run that a command is about, and the data that it is about."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pyrovae import data
+from pyrovae._train import check_same_data, load_data, saved_settings
+from pyrovae.data import Preprocess, Split
+from pyrovae.runs import Run, load
+from pyrovae.vae import VAE
+
+
+def opened(path: str) -> tuple[Run, VAE]:
+    """A run and its model.
+
+    Raises:
+        ValueError: If the folder holds something else.
+    """
+    run = Run.open(path)
+    if seeds := sorted(child.parent.name for child in run.path.glob("seed-*/config.json")):
+        raise ValueError(f"{path} holds runs of several seeds: name one, such as {path}/{seeds[0]}")
+    vae = load(run.path)
+    if not isinstance(vae, VAE):
+        raise ValueError(f"{path} holds a {type(vae).__name__}, not a VAE")
+    return run, vae
+
+
+def test_data(run: Run, source: str | None, root: str | None) -> Split:
+    """The run's test data, or a file as the run's model sees it."""
+    preprocess = run.config.get("preprocess")
+    if preprocess is None:
+        raise ValueError(f"{run.path} holds a saved model without data: use it from Python")
+    if source is not None:
+        return data.file_split(source, Preprocess.from_config(preprocess), root)
+    settings = saved_settings(run)
+    dataset = load_data(replace(settings, data_root=root) if root else settings)
+    check_same_data(run, dataset)
+    return dataset.test
