@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 
 import _results
 import matplotlib.pyplot as plt
+from _training import fitted
 
 import pyrovae
-from pyrovae import _flags, evidence
-from pyrovae._train import Settings, build, load_data, options
+from pyrovae import evidence
 from pyrovae.runs import made_by, write_json
 
 SMOKE = "--data digits --epochs 1 --latent-dim 4"
@@ -81,14 +79,7 @@ def main(
 def one(flags: str, seed: int, asked: argparse.Namespace) -> dict:
     """Train and score one row with one seed."""
     start = time.perf_counter()
-    settings = Settings(**_flags.parse("train", Settings, shlex.split(flags)))
-    settings = replace(settings, seed=seed, data_root=asked.data_root)
-    dataset = load_data(settings)
-    vae, objective = build(settings, dataset)
-    history = pyrovae.fit(
-        vae, dataset.train, valid=dataset.valid, objective=objective, progress=False,
-        **asdict(options(settings)),
-    )  # fmt: skip
+    vae, dataset, history = fitted(flags, asked.data_root, seed)
     trained = time.perf_counter() - start
     test = dataset.test.subset(slice(0, asked.num_test))
     bound = pyrovae.elbo(vae.model, vae.guide, test, num_particles=10, seed=0)
