@@ -3,8 +3,8 @@
 Question: over 200 repetitions, by how many of its standard errors is each estimate off?
 Command:  python experiments/calibration.py
 Hardware: two cores, no GPU; about two minutes; no data needed.
-Expected: z-scores with standard deviation 0.8 to 1.25 where k-hat is below 0.5, but for Sobol points
-          (to 1.4 from a k-hat of 0.4 on); a mean weight that is p(x) within four of its errors.
+Expected: z-scores with standard deviation 0.8 to 1.25 where k-hat is below 0.5, but for Sobol
+          points (to 1.4 from a k-hat of 0.4 on); a mean weight that is p(x) within four errors.
 
 Two programs whose log p(x) is known: probabilistic PCA with two latents and a guide that is off by
 0.3 and 1.2 times too wide, and a VAE with two latents, trained for 20 epochs on the digits, by
