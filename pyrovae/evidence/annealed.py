@@ -171,8 +171,7 @@ class Annealed(Method):
 
     def target(self, walk: Walk, compile: bool | None = None) -> Target:
         """The path, with its gradients."""
-        gradients = walk.num_particles * self.num_distributions * self.num_leapfrog
-        return Target(walk, self.start, gradients, compile)
+        return Target(walk, self.start, self.work(walk.num_particles), compile)
 
 
 class Chains:
