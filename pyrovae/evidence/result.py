@@ -204,8 +204,8 @@ class LogPx:
         if self.num_unreliable > len(self.values) / 10:
             return (
                 ": their weights have tails too heavy for these standard errors, and the bound is "
-                "loose by an unknown amount. Take method annealed (Wu et al., 2017), which particles "
-                "are no match for, or train a better guide."
+                "loose by an unknown amount. Take method annealed in the place of more particles "
+                "(Wu et al., 2017), or train a better guide."
             )
         if gain > max(0.01, 3 * self.mean_std_error):
             return "; the bound still rises with K: take more particles."
