@@ -76,6 +76,7 @@ def test_the_command_trains_in_two_processes_and_scores_the_same(tmp_path):
         both.append(json.loads((out / "log_px.json").read_text()))
     assert both[1].pop("made_by")
     assert both[0].pop("made_by")
+    assert both[1].pop("settings") == both[0].pop("settings")
     assert both[1] == pytest.approx(both[0])
 
 

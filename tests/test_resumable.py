@@ -299,9 +299,9 @@ def wait_for(file, process):
 def test_a_killed_command_goes_on(tmp_path):
     """Killed, then interrupted in two processes: the same numbers as without, to the last bit."""
     run = tmp_path / "run"
-    settings = ("--epochs", "2", "--num-particles", "3", "--latent-dim", "2", "--net.hidden", "5")
+    settings = ("--epochs", "2", "--num-particles", "3", "--latent-dim", "2")
     assert cli.main(["train", *settings, "--out", str(run)]) == 0
-    words = ("log-px", str(run), "--num-particles", "16000")
+    words = ("log-px", str(run), "--num-particles", "12000")
     kept = run / "log_px.partial"
     with start(*words) as killed:
         wait_for(kept, killed)
@@ -315,11 +315,11 @@ def test_a_killed_command_goes_on(tmp_path):
     assert "Traceback" not in err
     assert len(keep.files(kept)) == 2  # each process keeps what it did
     again = start(*words)
-    out, err = again.communicate(timeout=120)
+    out, err = again.communicate(timeout=240)
     assert again.returncode == 0, err
     assert "data are done already. " in out
     assert keep.files(kept) == []
     found = (run / "log_px.csv").read_bytes()
-    assert start(*words).communicate(timeout=120)[1] == ""
+    assert start(*words).communicate(timeout=240)[1] == ""
     assert (run / "log_px.csv").read_bytes() == found
     assert json.loads((run / "log_px.json").read_text())["num_data"] == 300
