@@ -879,6 +879,7 @@ def test_killed_and_interrupted_runs_go_on(pv: Callable[..., Ran]) -> None:
     assert not list(Path("run").glob(".*.tmp"))
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_early_sees_no_traceback() -> None:
     process = _start("parts")
     assert process.stdout is not None

@@ -463,6 +463,7 @@ def test_delta_is_a_point_whose_log_density_counts_as_zero() -> None:
 
 
 @pytest.mark.parametrize("name", GUIDES)
+@pytest.mark.slow
 def test_traced_gradients_are_those_of_eager_runs(name: str) -> None:
     guide, x = shaken(GUIDES[name]()), torch.randn(5, *IMAGE)
 

@@ -235,6 +235,7 @@ def test_a_step_moves_every_parameter(kind: Any, analytic: bool) -> None:
 
 
 @EITHER
+@pytest.mark.slow
 def test_a_traced_step_has_the_gradients_of_an_eager_one(kind: Any) -> None:
     vae, x = make(kind, shake=0.1), data()
     loss = lambda x: ELBO(analytic_kl=True).surrogate(vae.model, vae.guide, (x,))  # noqa: E731

@@ -545,14 +545,8 @@ def test_optimal_noise_is_saved_with_the_weights(tmp_path: Path) -> None:
     assert 0.5 < vae.likelihood.variance / residual < 1.5
 
 
-SPECIAL = ("Beta", "DiscretizedLogisticMixture", "Normal, optimal", "StudentT")
-"""Likelihoods with a density of our own, buffers, or parameters beside the net."""
-
-
-@pytest.mark.parametrize(
-    "name",
-    [n if n in SPECIAL else pytest.param(n, marks=pytest.mark.slow) for n in LIKELIHOODS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LIKELIHOODS)
 def test_a_traced_step_is_the_eager_one(name: str) -> None:
     """Losses, gradients, and what moves in place."""
     part = LIKELIHOODS[name]()

@@ -741,6 +741,7 @@ def test_the_value_needs_no_gradients_and_is_that_of_the_loss(name, x):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.slow
 def test_every_objective_traces_to_one_graph(name, x):
     vae, objective = make_vae(), OBJECTIVES[name]()
 

@@ -288,6 +288,7 @@ def _loss_and_gradients(vae: VAE) -> Any:
 
 
 @pytest.mark.parametrize("name", ["GaussianMixture", "VampPrior", "Flow"])
+@pytest.mark.slow
 def test_a_traced_step_is_that_of_eager(name: str) -> None:
     vae = make(PRIORS[name]())
     step, x = _loss_and_gradients(vae), binary(7)

@@ -299,7 +299,7 @@ def wait_for(file, process):
 def test_a_killed_command_goes_on(tmp_path):
     """Killed, then interrupted in two processes: the same numbers as without, to the last bit."""
     run = tmp_path / "run"
-    settings = ("--epochs", "2", "--num-particles", "3", "--latent-dim", "2")
+    settings = ("--epochs", "2", "--num-particles", "3", "--net.hidden", "400,400")
     assert cli.main(["train", *settings, "--out", str(run)]) == 0
     words = ("log-px", str(run), "--num-particles", "12000")
     kept = run / "log_px.partial"
@@ -308,7 +308,7 @@ def test_a_killed_command_goes_on(tmp_path):
         os.killpg(killed.pid, signal.SIGKILL)
     with start(*words, devices=2) as stopped:
         assert "of 300 data are done already. " in stopped.stdout.readline()
-        time.sleep(1)
+        time.sleep(3)  # a block in each
         os.killpg(stopped.pid, signal.SIGINT)
         err = stopped.stderr.read()
     assert "Stopped. The same command goes on from here.\n" in err

@@ -329,6 +329,7 @@ def kill_and_resume(tmp_path, compile, kills, window):
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[1])
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment_ends_where_one_that_was_not_does(tmp_path):
     kill_and_resume(tmp_path, compile=False, kills=3, window=0.25)
 
