@@ -25,6 +25,7 @@ from pyrovae import program
 from pyrovae._random import key
 from pyrovae.evidence.annealed import Annealed
 from pyrovae.evidence.cost import Forecast, forecast
+from pyrovae.evidence.diagnostics import error_of_mean
 from pyrovae.evidence.estimate import log_px, method_of
 from pyrovae.evidence.identity import kept_in
 from pyrovae.evidence.method import Estimate, Method
@@ -88,7 +89,7 @@ class Bracket:
     @property
     def gap_std_error(self) -> float:
         """Standard error of the mean gap, over data and noise; NaN for one datum."""
-        return float(self.gap.std()) / math.sqrt(len(self.gap)) if len(self.gap) > 1 else math.nan
+        return error_of_mean(self.gap)
 
     def summary(self) -> dict[str, Any]:
         """The numbers over all data, ready for JSON."""

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyrovae.evidence.diagnostics import error_of_mean
 from pyrovae.evidence.result import RELIABLE, LogPx
 
 Found = LogPx | Tensor | Sequence[LogPx]
@@ -63,12 +64,12 @@ class Entry:
     @property
     def test_std_error(self) -> float:
         """Standard error of the mean as an estimate over all data of this kind; NaN for one."""
-        return _std_error(self.values)
+        return error_of_mean(self.values)
 
     @property
     def seed_std_error(self) -> float:
         """Standard error of the mean as an estimate over all seeds; NaN for one."""
-        return _std_error(self.seeds)
+        return error_of_mean(self.seeds)
 
     @property
     def num_unreliable(self) -> int:
@@ -99,7 +100,7 @@ class Difference:
     @property
     def test_std_error(self) -> float:
         """Standard error of the mean over the choice of data, Monte Carlo noise included."""
-        return _std_error(self.values)
+        return error_of_mean(self.values)
 
     @property
     def share(self) -> float:
@@ -294,10 +295,6 @@ def _check_same_method(first: Named, other: Named) -> None:
             f"log p(x) was estimated by {one.how} for {a}, by {two.how} for {b}, with gaps of "
             "their own that the difference would hold: estimate both alike"
         )
-
-
-def _std_error(values: Tensor) -> float:
-    return float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def _nats(value: float, digits: int = 2) -> str:

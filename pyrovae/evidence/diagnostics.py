@@ -35,6 +35,11 @@ def std_error(log_w: Tensor) -> Tensor:
     return ((k / effective_sample_size(log_w) - 1).clamp(min=0) / (k - 1)).sqrt()
 
 
+def error_of_mean(values: Tensor) -> float:
+    """Standard error of the mean of values `(N,)` over the choice of data; NaN for one."""
+    return float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
 def effective_sample_size(log_w: Tensor) -> Tensor:
     r"""How many equal weights would be as good, :math:`(\sum w)^2 / \sum w^2`.
 

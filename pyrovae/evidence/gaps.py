@@ -26,6 +26,7 @@ from torch import Tensor
 
 from pyrovae import program
 from pyrovae._random import key
+from pyrovae.evidence.diagnostics import error_of_mean
 from pyrovae.evidence.estimate import log_px, method_of
 from pyrovae.evidence.method import Method
 from pyrovae.evidence.refine import refine, unrefined
@@ -63,9 +64,7 @@ class Nats(NamedTuple):
     @property
     def data_std_error(self) -> float:
         """Standard error of the mean as an estimate over all data of this kind; NaN for one."""
-        if len(self.values) < 2:
-            return math.nan
-        return float(self.values.std()) / math.sqrt(len(self.values))
+        return error_of_mean(self.values)
 
     def __str__(self) -> str:
         """Mean, and in brackets its errors from Monte Carlo and from the choice of data."""

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.distributions import Independent
 
 from pyrovae import program
+from pyrovae.evidence.diagnostics import error_of_mean
 from pyrovae.evidence.walk import ROWS, Walk
 from pyrovae.program import Args, Draw, PyroFunction, Score
 
@@ -177,9 +178,9 @@ class Latents:
         """The numbers over all data and latents, ready for JSON."""
         return {
             "rate": float(self.rate.mean()),
-            "rate_std_error": _std_error(self.rate),
+            "rate_std_error": error_of_mean(self.rate),
             "distortion": float(self.distortion.mean()),
-            "distortion_std_error": _std_error(self.distortion),
+            "distortion_std_error": error_of_mean(self.distortion),
             "elbo": self.elbo,
             "active_units": self.active_units,
             "collapsed_units": self.collapsed_units,
@@ -193,7 +194,7 @@ class Latents:
             "layers": {
                 name: {
                     "kl": float(layer.kl.mean()),
-                    "kl_std_error": _std_error(layer.kl),
+                    "kl_std_error": error_of_mean(layer.kl),
                     "active_units": int(layer.active.sum()),
                     "collapsed_units": int(layer.collapsed.sum()),
                     "num_latents": len(layer.variance),
@@ -210,7 +211,7 @@ class Latents:
     def __str__(self) -> str:
         """A paragraph to quote."""
         rate, distortion = (
-            _nats(float(part.mean()), _std_error(part)) for part in (self.rate, self.distortion)
+            _nats(float(part.mean()), error_of_mean(part)) for part in (self.rate, self.distortion)
         )
         active = f"{self.active_units:,} of {self.num_latents:,} latents active"
         sentences = [
@@ -334,8 +335,8 @@ def latents(
         layers=layers,
         mutual_information=float(shared.mean()),
         marginal_kl=float(rest.mean()),
-        information_std_error=_std_error(shared),
-        marginal_std_error=_std_error(rest),
+        information_std_error=error_of_mean(shared),
+        marginal_std_error=error_of_mean(rest),
         num_paired=count,
         num_particles=walk.num_particles,
         seed=walk.seed,
@@ -519,10 +520,6 @@ def _pairs_by_rows(guide: PyroFunction, args: Args, drawn: Draw, start: int, ste
         values[name] = score.value.index_select(rows, some.repeat_interleave(count))
     scores = program.score_sites(guide, program.repeat(args, len(some)), values)
     return program.total(scores).reshape(len(some), count)
-
-
-def _std_error(values: Tensor) -> float:
-    return float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def _nats(value: float, error: float = math.nan) -> str:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyrovae.evidence.diagnostics import error_of_mean
+
 PER_DATUM = ("values", "std_error", "ess", "khat", "gain_per_doubling", "spent")
 
 CLAIMS = {"a lower bound": ">=", "an estimate": "~", "the value": "="}
@@ -75,9 +77,7 @@ class LogPx:
     @property
     def test_std_error(self) -> float:
         """Standard error of the mean as an estimate over all data of this kind; NaN for one."""
-        if len(self.values) < 2:
-            return math.nan
-        return float(self.values.std()) / math.sqrt(len(self.values))
+        return error_of_mean(self.values)
 
     @property
     def bits_per_dim(self) -> float:
