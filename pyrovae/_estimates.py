@@ -15,7 +15,7 @@ import torch
 from pyrovae import _catalogue, _processes, evidence, plotting
 from pyrovae._config import Config
 from pyrovae._opened import opened, test_data
-from pyrovae._random import key
+from pyrovae._random import ASIDE, key
 from pyrovae._train import made, wrapped
 from pyrovae.evidence import Bracket, LogPx, Method, compare, gaps, latents
 from pyrovae.evidence.cost import Forecast
@@ -26,9 +26,6 @@ from pyrovae.training import check_data
 
 DEFAULT_METHOD = "importance"
 """Of log-px; its files have the plain name."""
-
-OTHER = 2**31
-"""Number of the noise by which a guide is refined: the estimate's is another."""
 
 LONG = 5.0
 """Seconds from which on a command says how long it will take."""
@@ -92,7 +89,7 @@ def log_px_command(
         drawn = 100 if num_data is None else num_data
         ask = partial(evidence.validate, *program, num_data=drawn, **how)
     elif refine:
-        fit = noise | {"seed": key(seed, OTHER)}
+        fit = noise | {"seed": key(seed, ASIDE)}
         refined = evidence.refine(*program, steps=refine, **fit)
         ask = partial(evidence.log_px, *refined, **how)
     result = _going_on(ask, unfinished)

@@ -2,6 +2,9 @@
 
 import numpy as np
 
+ASIDE = 2**31
+"""A stream that no block of data has."""
+
 
 def key(seed: int, number: int) -> int:
     """The seed of stream `number` under `seed`."""

@@ -26,10 +26,8 @@ import torch
 from torch import Tensor
 
 from pyrovae import program
-from pyrovae.evidence import diagnostics
 from pyrovae.evidence.hmc import Moves, move
 from pyrovae.evidence.method import Estimate, Method
-from pyrovae.evidence.result import LogPx
 from pyrovae.evidence.target import STARTS, Evaluate, Point, Target
 from pyrovae.evidence.walk import ROWS, Walk, at_least
 from pyrovae.program import Args
@@ -52,21 +50,16 @@ LEAST = 0.1
 """Of the mean spread along a path, what every part of an adapted schedule is taken to have."""
 
 
-Both = Callable[[Args, slice, Tensor], tuple[LogPx, Tensor, Tensor]]
-
-
 class Plan(NamedTuple):
     """What a block's chains do, decided before they start.
 
     Attributes:
         betas: From 0 to 1, for each datum, shape `(T + 1, N)`, float64.
         steps: Step sizes at each, shape `(T + 1, N)`.
-        scale: By how much each latent is stretched, shape `(N, D)`.
     """
 
     betas: Tensor
     steps: Tensor
-    scale: Tensor
 
 
 class Annealed(Method):
@@ -143,31 +136,13 @@ class Annealed(Method):
 
     def estimator(self, walk: Walk, compile: bool | None = None) -> Estimate:
         """Mean weights of chains, a block at a time."""
+        chains = self.chains(walk, compile)
+        return lambda args, index: self.summary(walk, args, index, chains(args).forward())
+
+    def chains(self, walk: Walk, compile: bool | None = None) -> Callable[[Args], Chains]:
+        """A function from a block's data to their chains, planned and not yet begun."""
         target = self.target(walk, compile)
-
-        def estimate(args: Args, index: slice) -> LogPx:
-            chains = Chains(self, walk, target, args)
-            log_w = chains.forward()
-            return self.summary(walk, args, index, log_w)
-
-        return estimate
-
-    def bracket(self, walk: Walk, compile: bool | None = None) -> Both:
-        """Chains forwards and, from the posterior, backwards with the same plan.
-
-        Returns:
-            A function of a block's data, where they are, and a draw from the posterior of each,
-            unconstrained, `(N, D)`, to the estimate, upper bounds `(N,)` and their errors.
-        """
-        target = self.target(walk, compile)
-
-        def both(args: Args, index: slice, exact: Tensor) -> tuple[LogPx, Tensor, Tensor]:
-            chains = Chains(self, walk, target, args)
-            lower = self.summary(walk, args, index, chains.forward())
-            inverse = -chains.backward(exact)
-            return lower, -diagnostics.log_mean_exp(inverse), diagnostics.std_error(inverse)
-
-        return both
+        return lambda args: Chains(self, walk, target, args)
 
     def target(self, walk: Walk, compile: bool | None = None) -> Target:
         """The path, with its gradients."""
@@ -192,7 +167,8 @@ class Chains:
         self.draw = lambda: target.draw(self.rows)
         self.evaluate: Evaluate = target.at(self.rows)
         draws = target.draw(program.repeat(filled, DRAWS)).reshape(DRAWS, size, -1)
-        self.plan = self._plan(draws.std(0))
+        self.scale = draws.std(0).repeat(self.num_chains, 1)
+        self.plan = self._plan()
 
     def forward(self) -> Tensor:
         """Log weights whose mean weight is p(x) without bias: nats, shape `(K, N)`."""
@@ -222,14 +198,14 @@ class Chains:
             log_w = log_w + (betas[t] - betas[t - 1]) * point.gap
         return self._by_chain(log_w)[:, : self.num_data]
 
-    def _plan(self, scale: Tensor) -> Plan:
+    def _plan(self) -> Plan:
         """Tune step sizes, and the schedule if it is to be, on chains of their own."""
         method = self.method
         places = torch.linspace(0, 1, min(PILOT, method.num_distributions) + 1, dtype=torch.float64)
         shape = "sigmoid" if method.schedule == "adapted" else method.schedule
-        betas = _schedule(shape, places)[:, None].expand(-1, len(scale)).to(scale.device)
-        log_step = torch.full_like(scale[:, 0], 0.5).log()
-        plan = Plan(betas, torch.zeros_like(betas), scale)
+        log_step = self._by_chain(torch.full_like(self.scale[:, 0], 0.5).log())[0]
+        betas = _schedule(shape, places)[:, None].expand(-1, len(log_step)).to(log_step.device)
+        plan = Plan(betas, torch.zeros_like(betas))
         point, found, spread = self.evaluate(self.draw()), [], []
         for t in range(len(betas)):
             for _ in range(1 if t else SETTLING):
@@ -242,13 +218,13 @@ class Chains:
         if method.schedule == "adapted":
             betas = _adapted(betas, torch.stack(spread), method.num_distributions)
         else:
-            betas = _schedule(shape, wanted)[:, None].expand(-1, len(scale)).to(scale.device)
+            betas = _schedule(shape, wanted)[:, None].expand(-1, len(log_step)).to(log_step.device)
         steps = _interpolated(plan.betas, torch.stack(found), betas).exp()
-        return Plan(betas, steps.to(scale), scale)
+        return Plan(betas, steps.to(self.scale))
 
     def _move(self, point: Point, plan: Plan, t: int) -> tuple[Point, Tensor]:
-        step, scale = self._by_row(plan.steps[t].to(point.u)), plan.scale.repeat(self.num_chains, 1)
-        how = Moves(step, scale, self.method.num_leapfrog)
+        step = self._by_row(plan.steps[t].to(point.u))
+        how = Moves(step, self.scale, self.method.num_leapfrog)
         return move(self.evaluate, point, self._by_row(plan.betas[t]), how)
 
     def _by_row(self, per_datum: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from pyrovae import program
-from pyrovae._random import key
+from pyrovae._random import ASIDE, key
+from pyrovae.evidence import diagnostics
 from pyrovae.evidence.annealed import Annealed
 from pyrovae.evidence.cost import Forecast, forecast
 from pyrovae.evidence.diagnostics import error_of_mean
@@ -36,9 +37,6 @@ from pyrovae.program import Args, PyroFunction
 
 ABOVE = Annealed()
 """What bounds from above where the estimator that is judged cannot."""
-
-NO_BLOCK = 2**31
-"""The number of a block that there is not."""
 
 
 class Bidirectional(Annealed):
@@ -202,20 +200,26 @@ def validate(
     drawn, exact, seed = _simulated(model, guide, x, num_data, seed, dtype, shared)
     chains = k if above is judged else above.particles
     walk = Walk(model, guide, drawn, chains, seed, dtype, above.block_size(chains))
-    both = above.bracket(walk, compile)
-    kept = kept_in(keep, walk, given, shared, bounds_by=above.identity, compile=compile)
-    if announce and (told := forecast(walk, above, kept, ways=2, shared=shared)):
-        announce(told)
-    found = walk.map(
-        lambda args, index: both(args, index, exact[index]),
-        "bounds",
-        progress,
-        shared=shared,
-        kept=kept,
+    begin = above.chains(walk, compile)
+
+    def bounds(args: Args, index: slice) -> tuple[LogPx | None, Tensor, Tensor]:
+        here = begin(args)
+        lower = above.summary(walk, args, index, here.forward()) if above is judged else None
+        inverse = -here.backward(exact[index])
+        return lower, -diagnostics.log_mean_exp(inverse), diagnostics.std_error(inverse)
+
+    kept = kept_in(
+        keep, walk, given, shared, bounds_by=f"{above.identity} {judged.identity}", compile=compile
     )
+    if announce and (
+        told := forecast(walk, above, kept, ways=1 + (above is judged), shared=shared)
+    ):
+        announce(told)
+    found = walk.map(bounds, "bounds", progress, shared=shared, kept=kept)
     parts, upper, errors = zip(*found, strict=True)
-    lower = LogPx.join(parts)
-    if above is not judged:
+    if above is judged:
+        lower = LogPx.join(parts)
+    else:
         how: dict[str, Any] = {"dtype": dtype, "compile": compile, "progress": progress}
         lower = log_px(model, guide, drawn, k, method=judged, seed=seed, shared=shared, **how)
     return Bracket(lower, torch.cat(upper), torch.cat(errors), above.describe(chains), drawn)
@@ -236,7 +240,7 @@ def _simulated(
     space = walk.on_few(lambda args: Space(here.model, here.guide, args))
 
     def simulate(args: Args, _: slice) -> tuple[Args, Tensor]:
-        torch.manual_seed(key(walk.seed, NO_BLOCK))  # the estimate has the noise of the blocks
+        torch.manual_seed(key(walk.seed, ASIDE))  # the estimate has the noise of the blocks
         rows = tuple(arg[torch.arange(num_data, device=arg.device) % len(arg)] for arg in args)
         drawn, latents = program.simulate(summing(here.model, space.summed), rows)
         kept = {name: value for name, value in latents.items() if name in space.names}

@@ -12,7 +12,9 @@ import torch
 from pyrovae import _processes
 from pyrovae.evidence.keep import Kept
 from pyrovae.evidence.method import Method
+from pyrovae.evidence.target import COMPILE_ROWS
 from pyrovae.evidence.walk import Walk
+from pyrovae.evidence.weights import COMPILE_PARTICLES
 from pyrovae.program import Args
 
 MEASURED = 0.3
@@ -21,7 +23,7 @@ MEASURED = 0.3
 UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 """Of time, in seconds."""
 
-COMPILED = 3_000_000
+COMPILED = min(COMPILE_PARTICLES, COMPILE_ROWS)
 """From so many evaluations on a run may be compiled, which its trial is not."""
 
 

@@ -106,15 +106,15 @@ class Method(Configurable):
                 "a log weight is NaN or infinite: model or guide gives a density that is not a "
                 "number for this data; check the weights and the data"
             )
-        found: dict[str, Any] = {
-            "values": diagnostics.log_mean_exp(log_w),
-            "std_error": diagnostics.std_error(log_w),
-            "ess": diagnostics.effective_sample_size(log_w),
-            "khat": diagnostics.khat(log_w),
-            "gain_per_doubling": diagnostics.gain_per_doubling(log_w),
-            "spent": torch.full_like(log_w[0], len(log_w)),
+        measures: dict[str, Callable[[Tensor], Tensor]] = {
+            "values": diagnostics.log_mean_exp,
+            "std_error": diagnostics.std_error,
+            "ess": diagnostics.effective_sample_size,
+            "khat": diagnostics.khat,
+            "gain_per_doubling": diagnostics.gain_per_doubling,
+            "spent": lambda log_w: torch.full_like(log_w[0], len(log_w)),
         }
-        found |= others
+        found = {n: measure(log_w) for n, measure in measures.items() if n not in others} | others
         found["values"] = found["values"] + walk.split.log_det[index].to(log_w)
         return LogPx(
             **found,

@@ -21,7 +21,7 @@ NOTICEABLE = 1e-3
 """An error of an exact value to be told of, nats."""
 
 ALIKE = 0.4
-"""Share of chains that count, below which there are too few distributions."""
+"""Share of few weights that count, below which these are too far apart."""
 
 RELIABLE = 0.7
 """The k-hat above which importance sampling is not to be relied on (Vehtari et al., 2024)."""
@@ -163,8 +163,8 @@ class LogPx:
         if self.num_particles == 1:
             return "There is no telling how far one weight is from the others."
         alike = f"{float(self.ess.mean()):.1f} of {self.num_particles:,} weights count on average"
-        if self.method == "annealed" and float(self.ess.mean()) < ALIKE * self.num_particles:
-            return f"{alike}: the bound is loose. Take more distributions."
+        if float(self.ess.mean()) < ALIKE * self.num_particles:
+            return f"{alike}: the bound is loose, and a longer run raises it."
         return f"{alike}."
 
     def _exactly(self) -> str:
