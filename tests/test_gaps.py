@@ -98,7 +98,7 @@ def test_parts_add_up(split_up):
     assert 0.8 < z.std() < 1.25
     noise = found.inference.std_error.square().mean().sqrt()
     assert found.inference.mean_std_error == pytest.approx(float(noise) / 150**0.5)
-    assert found.inference.data_std_error == pytest.approx(
+    assert found.inference.test_std_error == pytest.approx(
         float(found.inference.values.std()) / 150**0.5
     )
 
@@ -202,7 +202,7 @@ def test_a_paragraph_to_quote(split_up):
     assert told.startswith(f"log p(x) >= {found.log_px.mean:.2f} nats per datum, ELBO ")
     gap = found.amortization
     assert (
-        f"amortization gap {gap.mean:.2f} ({gap.mean_std_error:.3f}, {gap.data_std_error:.2f})"
+        f"amortization gap {gap.mean:.2f} ({gap.mean_std_error:.3f}, {gap.test_std_error:.2f})"
         in told
     )
     assert "The inference and the approximation gap are lower bounds, as log p(x) is." in told

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.evidence.diagnostics import error_of_mean
-from pyrovae.evidence.result import RELIABLE, LogPx
+from pyrovae.evidence.result import RELIABLE, LogPx, OverData
 
 Found = LogPx | Tensor | Sequence[LogPx]
 
@@ -29,7 +29,7 @@ SAME_UNITS = ("real values as stored", "standardized")
 
 
 @dataclass(frozen=True)
-class Entry:
+class Entry(OverData):
     """A model in a comparison.
 
     Attributes:
@@ -57,16 +57,6 @@ class Entry:
         return cls(values.mean(0), noise, values.mean(1), runs)
 
     @property
-    def mean(self) -> float:
-        """Mean over the data, nats per datum."""
-        return float(self.values.mean())
-
-    @property
-    def test_std_error(self) -> float:
-        """Standard error of the mean as an estimate over all data of this kind; NaN for one."""
-        return error_of_mean(self.values)
-
-    @property
     def seed_std_error(self) -> float:
         """Standard error of the mean as an estimate over all seeds; NaN for one."""
         return error_of_mean(self.seeds)
@@ -78,7 +68,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Difference:
+class Difference(OverData):
     """What one model gives to each datum more than another.
 
     Attributes:
@@ -91,16 +81,6 @@ class Difference:
     values: Tensor
     mean_std_error: float
     seed_std_error: float
-
-    @property
-    def mean(self) -> float:
-        """Mean over the data, nats per datum."""
-        return float(self.values.mean())
-
-    @property
-    def test_std_error(self) -> float:
-        """Standard error of the mean over the choice of data, Monte Carlo noise included."""
-        return error_of_mean(self.values)
 
     @property
     def share(self) -> float:

@@ -18,24 +18,25 @@ References:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyrovae import program
 from pyrovae._random import key
-from pyrovae.evidence.diagnostics import error_of_mean
 from pyrovae.evidence.estimate import log_px, method_of
 from pyrovae.evidence.method import Method
 from pyrovae.evidence.refine import refine, unrefined
-from pyrovae.evidence.result import CLAIMS, RELIABLE, LogPx
+from pyrovae.evidence.result import CLAIMS, RELIABLE, LogPx, OverData
 from pyrovae.evidence.walk import ROWS, Walk, at_least
 from pyrovae.program import Args, PyroFunction
 
 
-class Nats(NamedTuple):
+@dataclass(frozen=True)
+class Nats(OverData):
     """A number of each datum, with its error.
 
     Attributes:
@@ -51,20 +52,15 @@ class Nats(NamedTuple):
         """The mean of draws, shape `(K, N)`."""
         return cls(draws.mean(0), draws.std(0) / math.sqrt(len(draws)))
 
-    @property
-    def mean(self) -> float:
-        """Mean over the data."""
-        return float(self.values.mean())
+    @classmethod
+    def join(cls, parts: Sequence[Nats]) -> Nats:
+        """Those of consecutive blocks of data together."""
+        return cls(*(torch.cat([getattr(p, n) for p in parts]) for n in ("values", "std_error")))
 
     @property
     def mean_std_error(self) -> float:
         """Monte Carlo standard error of the mean: other noise, same data."""
         return float(self.std_error.square().sum().sqrt()) / len(self.values)
-
-    @property
-    def data_std_error(self) -> float:
-        """Standard error of the mean as an estimate over all data of this kind; NaN for one."""
-        return error_of_mean(self.values)
 
     def __str__(self) -> str:
         """Mean, and in brackets its errors from Monte Carlo and from the choice of data."""
@@ -72,7 +68,7 @@ class Nats(NamedTuple):
         return f"{self.mean:.2f}" + (f" ({', '.join(known)})" if known else "")
 
     def _errors(self) -> list[tuple[float, int]]:
-        return [(self.mean_std_error, 3), (self.data_std_error, 2)]
+        return [(self.mean_std_error, 3), (self.test_std_error, 2)]
 
 
 @dataclass(frozen=True)
@@ -128,7 +124,7 @@ class Gaps:
         for name, found in self._columns().items():
             means[name] = found.mean
             means[f"{name}_mean_std_error"] = found.mean_std_error
-            means[f"{name}_data_std_error"] = found.data_std_error
+            means[f"{name}_test_std_error"] = found.test_std_error
         return means | {
             "num_data": len(self.elbo.values),
             "elbo_particles": self.elbo_particles,
@@ -241,15 +237,12 @@ def gaps(
     refined = refine(model, guide, given.split, steps=steps, seed=key(here, 0), progress=progress)
     walk = Walk(*refined, draws, key(here, 1))
     blocks = walk.map(lambda args, _: _bounds(walk, args), "gaps", progress)
-    before, after, gain = (
-        Nats(*(torch.cat(parts) for parts in zip(*column, strict=True)))
-        for column in zip(*blocks, strict=True)
-    )
+    before, after, gain = map(Nats.join, zip(*blocks, strict=True))
     log_det = walk.split.log_det.to(before.values)
     return Gaps(
         log_px=log_px(*refined, num_particles, method=method, seed=here, progress=progress),
-        elbo=before._replace(values=before.values + log_det),
-        refined_elbo=after._replace(values=after.values + log_det),
+        elbo=replace(before, values=before.values + log_det),
+        refined_elbo=replace(after, values=after.values + log_det),
         amortization=gain,
         elbo_particles=draws,
         steps=steps,

@@ -27,8 +27,28 @@ RELIABLE = 0.7
 """The k-hat above which importance sampling is not to be relied on (Vehtari et al., 2024)."""
 
 
+class OverData:
+    """Numbers of each datum, and what they say of all.
+
+    Attributes:
+        values: Nats, shape `(N,)`.
+    """
+
+    values: Tensor
+
+    @property
+    def mean(self) -> float:
+        """Mean over the data, nats per datum."""
+        return float(self.values.mean())
+
+    @property
+    def test_std_error(self) -> float:
+        """Standard error of the mean as an estimate over all data of this kind; NaN for one."""
+        return error_of_mean(self.values)
+
+
 @dataclasses.dataclass(frozen=True)
-class LogPx:
+class LogPx(OverData):
     """Estimates of log p(x), one for each datum, in nats with all constants.
 
     Attributes:
@@ -65,19 +85,9 @@ class LogPx:
     num_dims: float = math.nan
 
     @property
-    def mean(self) -> float:
-        """Mean over the data, nats per datum."""
-        return float(self.values.mean())
-
-    @property
     def mean_std_error(self) -> float:
         """Monte Carlo standard error of the mean: other noise, same data."""
         return float(self.std_error.square().sum().sqrt()) / len(self.values)
-
-    @property
-    def test_std_error(self) -> float:
-        """Standard error of the mean as an estimate over all data of this kind; NaN for one."""
-        return error_of_mean(self.values)
 
     @property
     def bits_per_dim(self) -> float:
