@@ -8,10 +8,12 @@ Train one and score it::
 """
 
 from pyrovae import data, evidence, guides, likelihoods, nets, objectives, plotting, priors
+from pyrovae.conditional import ConditionalVAE
 from pyrovae.evidence import LogPx, elbo, log_px
 from pyrovae.hierarchical import HierarchicalVAE, LadderVAE
 from pyrovae.program import Program
 from pyrovae.runs import load, save
+from pyrovae.semisupervised import AuxiliaryVAE, Classifier, SemiSupervisedVAE
 from pyrovae.training import NonFiniteLoss, fit
 from pyrovae.vae import VAE
 
@@ -19,11 +21,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "VAE",
+    "AuxiliaryVAE",
+    "Classifier",
+    "ConditionalVAE",
     "HierarchicalVAE",
     "LadderVAE",
     "LogPx",
     "NonFiniteLoss",
     "Program",
+    "SemiSupervisedVAE",
     "data",
     "elbo",
     "evidence",

@@ -6,7 +6,7 @@ import pyro.distributions as dist
 from torch import Tensor, nn
 
 from pyrovae._config import Configurable, shape_of
-from pyrovae.nets import DEFAULT, Net
+from pyrovae.nets import DEFAULT, Net, Network, join
 
 
 class Conditional(Configurable, nn.Module):
@@ -42,9 +42,10 @@ class Conditional(Configurable, nn.Module):
         """The distribution with these parameters, of shape `(*, *param_shape())`."""
         raise NotImplementedError
 
-    def forward(self, c: Tensor) -> dist.TorchDistribution:
-        """The distribution given `c`: batch shape `(*)`, event shape `event_shape`."""
-        return self.distribution(self.net(c))
+    def forward(self, *c: Tensor) -> dist.TorchDistribution:
+        """The distribution given `c`, or vectors side by side: batch shape `(*)`."""
+        one = len(c) == 1 or isinstance(self.net, Network)
+        return self.distribution(self.net(*c) if one else self.net(join(*c)))
 
 
 def latent_shape(latent_dim: int) -> tuple[int]:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from pyrovae.guides import Guide
 from pyrovae.likelihoods import Likelihood
 from pyrovae.priors import Prior
-from pyrovae.vae import VAE, check_modules, leave_out_missing, new_name
+from pyrovae.vae import VAE, check_modules
 
 __all__ = ["HierarchicalVAE", "LadderVAE"]
 
@@ -83,7 +83,7 @@ class HierarchicalVAE(VAE):
         guides: Sequence[Guide],
         missing: bool = False,
     ):
-        nn.Module.__init__(self)  # not that of VAE, whose parts are of one layer
+        self._begin(missing)
         check_modules(prior=prior, likelihood=likelihood)
         _check_guides("conditionals", conditionals)
         _check_guides("guides", guides)
@@ -94,8 +94,6 @@ class HierarchicalVAE(VAE):
             )
         self.prior, self.likelihood = prior, likelihood
         self.conditionals, self.encoders = nn.ModuleList(conditionals), nn.ModuleList(guides)
-        self.missing = missing
-        self._name = new_name()
         self._check_shapes()
         self._check_families()
         if hasattr(prior, "connect"):
@@ -108,10 +106,7 @@ class HierarchicalVAE(VAE):
             z = pyro.sample(f"z{len(self.encoders)}", self.prior())
             for layer, conditional in self._downwards():
                 z = pyro.sample(f"z{layer}", conditional(z))
-            px = self.likelihood(z)
-            if self.missing:
-                px, x = leave_out_missing(px, x)
-            pyro.sample("x", px, obs=x)
+            self._observe_given(self.likelihood(z), x)
 
     def guide(self, x: Tensor) -> None:
         """q(z1|x) q(z2|z1) ... for a batch x of shape `(batch, *shape)`."""

@@ -86,14 +86,15 @@ class Loop:
         guide: Any = vae.guide
         self.model, self.guide = model, guide
         self.objective, self.options, self.fabric = objective, options, fabric
-        self.batch_size = min(options.batch_size, len(train))
+        self.order = train.order(options.batch_size)
+        self.batch_size, self.steps = self.order.batch_size, self.order.steps
         self.share = slice(_processes.rank(), None, _processes.size())
         sizes = {"batch": self.batch_size} | ({} if valid is None else {"valid": len(valid)})
         for name, size in sizes.items():
             if size < _processes.size():
                 raise ValueError(f"{name}: {size} data for {_processes.size()} processes to share")
-        self.steps = len(train) // self.batch_size
-        self.tensors = program.state(self.model, self.guide, program.as_args(train[slice(0, 2)]))
+        few = program.as_args(train.parts[0][slice(0, 2)])
+        self.tensors = program.state(self.model, self.guide, few)
         unique = {id(t): t for t in self.tensors.values() if t.requires_grad}
         self.params = list(unique.values())
         if not self.params:
@@ -109,6 +110,9 @@ class Loop:
         self.kl_warmup = _kl_warmup(options, objective)
         long = self.steps * options.epochs >= COMPILE_STEPS
         self.compile = long if options.compile is None else options.compile
+        if isinstance(objective, Objective):
+            given = len(range(self.order.given)[self.share]) if self.order.given else None
+            objective.arrange(given, self.order.share)
         self.step: compiled.Step
         self.update: Callable[..., Tensor]
 
@@ -120,6 +124,8 @@ class Loop:
             "valid": self.valid and len(self.valid),
             "trained": len(self.params),
         }
+        if self.order.labelled is not None:
+            sizes["labelled"] = len(self.order.labelled)
         return self.options.identity() | {"objective": _in_words(self.objective)} | sizes
 
     @property
@@ -215,15 +221,16 @@ class Loop:
 
         clip_norm = self.options.clip_norm if _processes.size() == 1 else None
         step = compiled.with_gradients(loss, self.params, clip_norm)
-        rows = torch.arange(self.batch_size, device=self.fabric.device)[self.share]
-        example = (self._kl_weight(0), *self._stored(rows))
         kept = partial(program.undisturbed, self.model, self.guide)
+        with kept():
+            order = self.order.epoch().to(self.fabric.device)
+        example = (self._kl_weight(0), *self._stored(order[0][self.share]))
         with self._running(), kept():
             where = f"the first step fails on a batch of {self.batch_size}"
             program.attempt(where, lambda: step(*example))
             if self.compile:
                 _log.info("compiling the training step")
-                trial = (self._kl_weight(0) / 2, *self._stored(len(self.data) - 1 - rows))
+                trial = (self._kl_weight(0) / 2, *self._stored(order[-1][self.share]))
                 fast = compiled.compile_function(step, example, trial, kept, "training")
                 self.compile, step = fast is not None, fast or step
         return step
@@ -232,7 +239,8 @@ class Loop:
         """A whole step, as one CUDA graph where there is one and the step is compiled."""
         if not (self.captures and self.compile):
             return self._update
-        rows = torch.arange(self.batch_size, device=self.fabric.device)
+        with program.undisturbed():
+            rows = self.order.epoch()[0].to(self.fabric.device)
         example = (self._kl_weight(0), torch.as_tensor(self._rate(0)), rows)
         tensors = self._snapshot()
         slots = {name: slot.clone() for name, slot in self._slots().items()}
@@ -264,10 +272,9 @@ class Loop:
         """One pass over the data, then validation: the row, added to the history."""
         epoch, start = len(self.history), time.perf_counter()
         self._seed(epoch + 1)
-        order = torch.randperm(len(self.data))
+        order = self.order.epoch()
         self._part_noise(epoch + 1)
-        order = order[: self.steps * self.batch_size].to(self.fabric.device)
-        batches = [batch[self.share] for batch in order.split(self.batch_size)]
+        batches = [batch[self.share] for batch in order.to(self.fabric.device)]
         outputs = []
         with self._running():
             for i, index in enumerate(batches):
@@ -401,6 +408,8 @@ class Loop:
         """The first site whose log density is not finite, under ten draws."""
         with torch.no_grad(), self._running():
             args = self._seen(stored)
+            if self.order.given:  # model and guide take labels of all or of none
+                args = args[:-1]
             drawn = program.draw(self.guide, args, 10)
             sites = program.score_sites(self.model, program.repeat(args, 10), drawn.values)
         for where, scores in (("guide", drawn.scores), ("model", sites)):

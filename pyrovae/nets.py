@@ -17,6 +17,7 @@ from contextvars import ContextVar
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyrovae._config import Configurable, shape_of
@@ -61,8 +62,16 @@ class Network(nn.Module):
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `(*, *in_shape)` to `(*, *out_shape)`."""
+    def forward(self, *parts: Tensor) -> Tensor:
+        """Map `(*, *in_shape)` to `(*, *out_shape)`.
+
+        Several vectors are taken for one, in which they stand side by side. What is in front of
+        each is broadcast, after the first layer if that is linear: rows that stand beside every
+        class go through it once.
+        """
+        if len(parts) > 1:
+            return self._side_by_side(parts)
+        (x,) = parts
         lead = x.shape[: x.dim() - len(self.in_shape)]
         if x.shape[len(lead) :] != self.in_shape:
             raise ValueError(
@@ -73,6 +82,28 @@ class Network(nn.Module):
         with autocast.get()():
             hidden = self.body(rows)
         return self.head(hidden.to(x.dtype)).reshape(*lead, *self.out_shape) + self.bias
+
+    def _side_by_side(self, parts: Sequence[Tensor]) -> Tensor:
+        _, *layers = self.body.children()  # the first flattens
+        first, others = (layers or [self.head])[0], layers[1:]
+        if not (layers and isinstance(first, nn.Linear)):
+            return self(join(*parts))
+        weights = first.weight.split([part.shape[-1] for part in parts], 1)
+        with autocast.get()():
+            each = [F.linear(part, w) for part, w in zip(parts, weights, strict=True)]
+            hidden = sum(each[1:], each[0])
+            hidden = hidden if first.bias is None else hidden + first.bias
+            rows = hidden.flatten(0, -2)
+            for layer in others:
+                rows = layer(rows)
+        out = self.head(rows.to(parts[0].dtype))
+        return out.reshape(*hidden.shape[:-1], *self.out_shape) + self.bias
+
+
+def join(*vectors: Tensor) -> Tensor:
+    """Vectors side by side, what is in front of each broadcast."""
+    lead = torch.broadcast_shapes(*(v.shape[:-1] for v in vectors))
+    return torch.cat([v.expand(*lead, -1) for v in vectors], -1)
 
 
 class Net(Configurable):

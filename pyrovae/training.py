@@ -21,7 +21,7 @@ from torch.distributions import constraints
 from pyrovae import program
 from pyrovae._random import key
 from pyrovae.checkpoint import Checkpoint
-from pyrovae.data import Split, as_split
+from pyrovae.data import Split, as_split, known_or_not
 from pyrovae.loop import VALID_ROWS, Loop, NonFiniteLoss, OnEpoch, Row
 from pyrovae.objectives import DEFAULT, Objective
 from pyrovae.options import SCHEDULES, Options
@@ -111,14 +111,15 @@ def fit(
         epochs, batch_size, lr, schedule, kl_warmup, clip_norm, patience, seed, accelerator,
         precision, compile,
     )  # fmt: skip
-    objective = objective or DEFAULT()
-    _check_together(options, valid, objective, checkpoint, resume)
     model, guide = functions(vae)
+    objective = objective or getattr(vae, "default_objective", DEFAULT)()
+    _check_together(options, valid, objective, checkpoint, resume)
     fabric = options.fabric()
     for module in (vae, *program.modules(model, guide)):
         fabric.to_device(module)
-    train = as_split(train).to(fabric.device)
+    train = known_or_not(as_split(train)).to(fabric.device)
     valid = None if valid is None else as_split(valid).to(fabric.device)
+    _check_labels(vae, train, objective)
     with program.undisturbed(model, guide, buffers=False), _frozen_unremarked():
         torch.manual_seed(key(seed, 0))  # for parameters that Pyro functions make as they run
         for split in (train, valid):
@@ -162,6 +163,10 @@ def check_data(
     """
     if split is None:
         return
+    if len(split.parts) > 1:
+        for part in split.parts:
+            check_data(model, guide, part, objective)
+        return
     program.refuse_autoguides(guide)
     args = program.as_args(split[slice(0, 7)])
     name, support = program.observed_support(model, guide, args)
@@ -179,6 +184,17 @@ def check_data(
     if isinstance(objective, Objective):
         needs = {"scaled": objective.scaled, "density": objective.density}
     program.check(model, guide, program.as_args(split[slice(0, 7)]), **needs)
+
+
+def _check_labels(vae: nn.Module, train: Split, objective: pyro.infer.ELBO) -> None:
+    """Refuse labels that the module cannot learn from, or the objective cannot do with."""
+    if len(train.parts) > 1 and not getattr(objective, "labels", False):
+        raise ValueError(
+            f"{type(objective).__name__} takes data that all have labels, or none: with labels "
+            "for some take objectives.SemiSupervised"
+        )
+    if check := getattr(vae, "check_labels", None):
+        check(train.data[1] if isinstance(train.data, tuple) else None)
 
 
 def _check_support(name: str, support: constraints.Constraint, x: Tensor) -> None:

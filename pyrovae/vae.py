@@ -33,7 +33,48 @@ __all__ = ["VAE"]
 _count = itertools.count(1)
 
 
-class VAE(Configurable, nn.Module):
+class Base(Configurable, nn.Module):
+    """What all variational autoencoders share: a name of their own, how missing entries are seen.
+
+    Attributes:
+        missing: Whether NaN in x marks a missing entry.
+    """
+
+    missing: bool
+
+    def _begin(self, missing: bool) -> None:
+        nn.Module.__init__(self)
+        self.missing = missing
+        self._name = new_name()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy, under a name of its own in Pyro's parameter store."""
+        super().__setstate__(state)
+        self._name = new_name()
+
+    @property
+    def latent_dims(self) -> tuple[int, ...]:
+        """Number of latents of each layer, from the data up."""
+        raise NotImplementedError
+
+    def _observe_given(self, px: dist.TorchDistribution, x: Tensor) -> None:
+        """Observe data under p(x|z), without what is missing."""
+        if self.missing:
+            px, x = leave_out_missing(px, x)
+        pyro.sample("x", px, obs=x)
+
+    def _seen(self, x: Tensor) -> Tensor:
+        """What the guide sees of x."""
+        return x.nan_to_num() if self.missing else x
+
+    @contextmanager
+    def _evaluation(self) -> Iterator[None]:
+        """No gradients, evaluation mode; the mode comes back."""
+        with torch.no_grad(), in_mode(False, self):
+            yield
+
+
+class VAE(Base):
     """A variational autoencoder of three parts, each a module that returns a Pyro distribution.
 
     Args:
@@ -60,30 +101,20 @@ class VAE(Configurable, nn.Module):
     """
 
     def __init__(self, prior: Prior, likelihood: Likelihood, guide: Guide, missing: bool = False):
-        super().__init__()
+        self._begin(missing)
         check_modules(prior=prior, likelihood=likelihood, guide=guide)
         _agree("latent_dim", prior=prior, likelihood=likelihood, guide=guide)
         _agree("shape", prior=prior, likelihood=likelihood, guide=guide)
         if hasattr(prior, "connect"):
             prior.connect(guide)
         self.prior, self.likelihood, self.encoder = prior, likelihood, guide
-        self.missing = missing
-        self._name = new_name()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copy, under a name of its own in Pyro's parameter store."""
-        super().__setstate__(state)
-        self._name = new_name()
 
     def model(self, x: Tensor) -> None:
         """p(z) p(x|z) for a batch x of shape `(batch, *shape)`."""
         pyro.module(self._name, self)
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", self.prior())
-            px = self.likelihood(z)
-            if self.missing:
-                px, x = leave_out_missing(px, x)
-            pyro.sample("x", px, obs=x)
+            self._observe_given(self.likelihood(z), x)
 
     def guide(self, x: Tensor) -> None:
         """q(z|x) for a batch x of shape `(batch, *shape)`."""
@@ -154,16 +185,6 @@ class VAE(Configurable, nn.Module):
         first, last = self.encode(start), self.encode(end)
         weight = torch.linspace(0, 1, steps, dtype=first.dtype, device=first.device)
         return self.decode(torch.lerp(first, last, weight[:, None, None]))
-
-    def _seen(self, x: Tensor) -> Tensor:
-        """What the guide sees of x."""
-        return x.nan_to_num() if self.missing else x
-
-    @contextmanager
-    def _evaluation(self) -> Iterator[None]:
-        """No gradients, evaluation mode; the mode comes back."""
-        with torch.no_grad(), in_mode(False, self):
-            yield
 
 
 def new_name() -> str:

@@ -26,11 +26,23 @@ from torch import Tensor
 
 from pyrovae.data import arrays, files, named
 from pyrovae.data.arrays import Arrays
+from pyrovae.data.labels import PartlyLabelled, hide_labels, known_or_not
 from pyrovae.data.named import NAMES
 from pyrovae.data.preprocess import Preprocess
 from pyrovae.data.split import Split, as_split, dynamic_split, fixed_split
 
-__all__ = ["NAMES", "DataSet", "Preprocess", "Split", "as_split", "file_split", "load"]
+__all__ = [
+    "NAMES",
+    "DataSet",
+    "PartlyLabelled",
+    "Preprocess",
+    "Split",
+    "as_split",
+    "file_split",
+    "hide_labels",
+    "known_or_not",
+    "load",
+]
 
 Source = str | os.PathLike | Tensor | np.ndarray | torch.utils.data.Dataset
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.data.arrays import from_torch_dataset, to_tensor
+from pyrovae.data.order import Order
 from pyrovae.data.preprocess import Preprocess
 
 __all__ = ["Split", "as_split"]
@@ -74,9 +75,29 @@ class Split:
     def to(self, device: torch.device | str) -> Split:
         """The same split on a device."""
         moved = self._map(lambda t: _each(t, lambda part: part.to(device)))
-        if not isinstance(self.transform, Preprocess):
+        if not isinstance(self.transform, (Preprocess, Labelled)):
             return moved
         return replace(moved, transform=self.transform.to(device))
+
+    def with_labels(self) -> Split:
+        """The same data, with their labels as the model's second argument.
+
+        Raises:
+            ValueError: If there are none, or they are there already.
+        """
+        if self.y is None or isinstance(self.data, tuple):
+            why = "has no labels" if self.y is None else "has several arguments already"
+            raise ValueError(f"{self.source} {why}: give them as y, one for each datum")
+        return replace(self, data=(self.data, self.y), transform=Labelled(self.transform))
+
+    @property
+    def parts(self) -> tuple[Split, ...]:
+        """The data in parts that the model sees in one way: here all of them."""
+        return (self,)
+
+    def order(self, batch_size: int) -> Order:
+        """Batches for an epoch of training."""
+        return Order(torch.arange(len(self)), min(batch_size, len(self)))
 
     @property
     def _noun(self) -> str:
@@ -87,6 +108,26 @@ class Split:
         data = x if self.data is self.x else function(self.data)
         y = None if self.y is None else function(self.y)
         return replace(self, x=x, y=y, data=data, log_det=function(self.log_det))
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A transform of data that lets the labels beside them pass.
+
+    Attributes:
+        transform: Of the data.
+    """
+
+    transform: Callable[[Any], Any]
+
+    def __call__(self, data: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """What the model sees of data and labels."""
+        return self.transform(data[0]), data[1]
+
+    def to(self, device: torch.device | str) -> Labelled:
+        """The same on a device."""
+        inner = self.transform
+        return Labelled(inner.to(device)) if isinstance(inner, Preprocess) else self
 
 
 def as_split(x: Split | Tensor | np.ndarray | tuple | torch.utils.data.Dataset) -> Split:
@@ -142,7 +183,10 @@ def to_float32(x: Tensor) -> Tensor:
 
 
 def _plain(x: Data, y: Tensor | None = None) -> Split:
-    first, transform = (x[0], _floats_and_labels) if isinstance(x, tuple) else (x, _floats)
+    first = x[0] if isinstance(x, tuple) else x
+    transform: Callable[[Any], Any] = _floats_and_labels if isinstance(x, tuple) else _floats
+    if isinstance(x, tuple) and len(x) == 2 and x[1].dtype == torch.int64:
+        transform = Labelled(_floats)
     log_det = torch.zeros(len(first), device=first.device)
     return Split(x, y, "data", x, transform, log_det, "data given", "as they are")
 

@@ -357,7 +357,7 @@ def count_active(guide: PyroFunction, args: Args, num_particles: int = 16) -> in
         Their number; None where latents are summed out.
     """
     drawn = program.draw(guide, args)
-    if drawn.values.keys() != drawn.scores.keys():
+    if drawn.summed:
         return None
     if len(drawn.scores) > 1 or not all(_has_mean(s.fn) for s in drawn.scores.values()):
         drawn = program.draw(guide, args, num_particles, by_rows=True)

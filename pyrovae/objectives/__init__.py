@@ -8,6 +8,7 @@ from pyrovae.objectives.base import Objective
 from pyrovae.objectives.denoising import Denoising
 from pyrovae.objectives.elbo import ELBO, report
 from pyrovae.objectives.importance import IWAE, MIWAE
+from pyrovae.objectives.labels import SemiSupervised
 from pyrovae.objectives.leaves import DReG, StickingTheLanding
 from pyrovae.objectives.mmd import MMD
 from pyrovae.objectives.score import ReweightedWakeSleep, ScoreFunction
@@ -22,6 +23,7 @@ __all__ = [
     "Objective",
     "ReweightedWakeSleep",
     "ScoreFunction",
+    "SemiSupervised",
     "StickingTheLanding",
     "report",
 ]

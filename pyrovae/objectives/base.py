@@ -37,6 +37,9 @@ class Objective(Configurable, pyro.infer.ELBO):
     enumerated = True
     """Whether sites that the guide marks for enumeration are summed out."""
 
+    labels = False
+    """Whether data with labels for some only are understood."""
+
     by_rows = False
     """Whether the guide runs on the repeated data, so that its distributions are those of rows."""
 
@@ -63,6 +66,14 @@ class Objective(Configurable, pyro.infer.ELBO):
             at KL weight 1. All are scalars in nats, summed over the batch.
         """
         raise NotImplementedError
+
+    def arrange(self, given: int | None, share: float) -> None:
+        """Take note of how `fit` arranges batches of data with labels for some.
+
+        Args:
+            given: How many rows of a batch, the first, have labels; None if all have, or none.
+            share: Of all data, those with labels.
+        """
 
     def draw(self, guide: PyroFunction, args: Args, num_particles: int) -> Draw:
         """Draw from the guide, as `program.draw`; one that cannot do what is needed is refused.

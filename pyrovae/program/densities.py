@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyro
@@ -61,13 +61,15 @@ class Draw:
 
     Attributes:
         values: Each latent, `K * N` rows (an enumerated one has its values in front of one row).
-        scores: Each latent's density; enumerated latents, which are summed over, have none.
+        scores: Each latent's density, but for enumerated ones, which are summed over.
         num_particles: K.
+        summed: The density of each value of the enumerated latents.
     """
 
     values: dict[str, Tensor]
     scores: dict[str, Score]
     num_particles: int
+    summed: dict[str, Score] = field(default_factory=dict)
 
     @property
     def log_q(self) -> Tensor:
@@ -236,11 +238,11 @@ def simulate(model: PyroFunction, args: Args) -> tuple[Args, dict[str, Tensor]]:
 
 def refuse_enumerated(drawn: Draw) -> None:
     """Refuse draws of a guide that sums a site out: log q of that site is nowhere."""
-    if summed := sorted(drawn.values.keys() - drawn.scores.keys()):
+    if drawn.summed:
         raise Refused(
-            f"the guide's site {summed[0]!r} is enumerated, and this objective needs its density: "
-            "leave it out of the guide and mark it in the model, draw it, or take an objective "
-            "that sums sites of the guide out"
+            f"the guide's site {min(drawn.summed)!r} is enumerated, and this objective needs its "
+            "density: leave it out of the guide and mark it in the model, draw it, or take an "
+            "objective that sums sites of the guide out"
         )
 
 
@@ -404,8 +406,9 @@ def _draw_enumerated(guide: PyroFunction, args: Args, num_particles: int) -> Dra
     sites = latents(trace(poutine.enum(guide, first_available_dim=-2), rows, owner=guide))
     values = {name: site["value"] for name, site in sites.items()}
     shape = (*_front(s for s in sites.values() if is_enumerated(s)), len(rows[0]))
-    sampled = {name: site for name, site in sites.items() if not is_enumerated(site)}
-    return Draw(values, {n: _score(s, shape) for n, s in sampled.items()}, num_particles)
+    scores = {name: _score(site, shape) for name, site in sites.items()}
+    summed = {name: scores.pop(name) for name, site in sites.items() if is_enumerated(site)}
+    return Draw(values, scores, num_particles, summed)
 
 
 def _front(sites: Iterable[Any]) -> tuple[int, ...]:

@@ -1,0 +1,134 @@
+"""The bound for data of which some have labels."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pyrovae import program
+from pyrovae.objectives.base import Densities, Objective
+from pyrovae.program import Args, PyroFunction, Refused
+
+
+class SemiSupervised(Objective):
+    r"""Evidence lower bound where labels y are given for some data, with a term that classifies.
+
+    With L(x, y) for the ELBO of log p(x, y), a datum with a label counts L(x, y), one without
+
+    .. math:: U(x) = \sum_y q(y|x) \, (L(x, y) - \log q(y|x)) \le \log p(x),
+
+    and the loss, per datum, is
+
+    .. math:: -\frac{1}{N} \Bigl(\sum_{labelled} L(x, y) + \sum_{others} U(x)\Bigr)
+        - \alpha \, E_{labelled} \log q(y|x).
+
+    The classifier q(y|x) is part of the bound only where there is no label; the last term teaches
+    it where there is. Every site that the guide marks for enumeration is summed so, one batch of
+    rows for each of its values: a bound without the noise of drawn labels, which `TraceEnum_ELBO`
+    estimates as well.
+
+    The label is the last argument of model and guide, and left out where it is not given. `fit`
+    takes data with labels for some (-1 for the others), and sees to it that each batch has its
+    share of labelled data, weighed as in the loss above.
+
+    Args:
+        num_particles: Draws of z per datum.
+        alpha: Weight of the classification, in nats per nat of cross-entropy. The paper's is 0.1.
+        beta: Weight of the KL of the continuous latents; 1 is the bound.
+
+    References:
+        Semi-supervised Learning with Deep Generative Models (Kingma et al., 2014), arXiv:1406.5298
+    """
+
+    density, scaled, labels = True, False, True
+
+    def __init__(self, num_particles: int = 1, alpha: float = 0.1, beta: float = 1.0):
+        super().__init__(num_particles)
+        for name, value in (("alpha", alpha), ("beta", beta)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be a number from 0 on, got {value}")
+        self.alpha, self.beta = alpha, beta
+        self._given: tuple[int, float] | None = None
+
+    def arrange(self, given: int | None, share: float) -> None:
+        """Take note of which rows have labels, and for what share of all data they stand."""
+        self._given = None if given is None else (given, share)
+
+    def surrogate(
+        self, model: PyroFunction, guide: PyroFunction, args: Args, kl_weight: Tensor | float = 1.0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and what to report of it.
+
+        That is "elbo", of log p(x) of data without labels, "labelled_elbo", of log p(x, y) of those
+        with, "cross_entropy" of q(y|x) in nats and "accuracy": sums over the batch if all its data
+        were like those.
+        """
+        batch, weight = len(args[0]), self.beta * kl_weight
+        given, others, share = self._parts(args)
+        loss = torch.zeros(())
+        terms: dict[str, Tensor] = {}
+        if others:
+            bound, terms = self._unlabelled(model, guide, others, weight)
+            loss = loss - (1 - share) * batch * bound
+        if given:
+            bound, found = self._labelled(model, guide, given, weight)
+            loss = loss - batch * (share * bound - self.alpha * found["cross_entropy"])
+            terms |= found if terms else found | {"elbo": found["labelled_elbo"]}
+        return loss, {name: batch * term.detach() for name, term in terms.items()}
+
+    def _parts(self, args: Args) -> tuple[Args, Args, float]:
+        """Arguments of the data with labels and of those without, and the share of the first."""
+        if len(args) == 1:
+            return (), args, 0.0
+        rows, share = self._given or (len(args[0]), 1.0)
+        given = tuple(arg[:rows] for arg in args) if rows else ()
+        others = tuple(arg[rows:] for arg in args[:-1]) if rows < len(args[0]) else ()
+        return given, others, share
+
+    def _unlabelled(
+        self, model: PyroFunction, guide: PyroFunction, args: Args, weight: Tensor | float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean of U(x), and the mean ELBO at KL weight 1, its sum over labels inside the log."""
+        drawn = self.draw(guide, args, self.num_particles)
+        densities = Densities.of(
+            self.score(model, args, drawn.values, drawn), drawn.scores, self.num_particles
+        )
+        log_qy = program.total(drawn.summed)
+        log_w = densities.rest + weight * (densities.log_pz - densities.log_qz)
+        bound = (log_qy.exp() * (log_w - log_qy)).sum() / (self.num_particles * len(args[0]))
+        return bound, {"elbo": densities.log_w().mean()}
+
+    def _labelled(
+        self, model: PyroFunction, guide: PyroFunction, args: Args, weight: Tensor | float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean of L(x, y); what to report, with the cross-entropy of the classifier."""
+        drawn = self.draw(guide, args, self.num_particles)
+        if drawn.summed:
+            raise Refused(
+                f"the guide's site {min(drawn.summed)!r} is summed out though its label is given: "
+                "sample it only where there is none"
+            )
+        densities = Densities.of(
+            self.score(model, args, drawn.values, drawn), drawn.scores, self.num_particles
+        )
+        log_qy = self._log_qy(guide, args)
+        right = (log_qy.argmax(0) == args[-1]).to(log_qy.dtype).mean()
+        cross_entropy = -log_qy.gather(0, args[-1][None]).mean()
+        return densities.log_w(weight).mean(), {
+            "labelled_elbo": densities.log_w().mean(),
+            "cross_entropy": cross_entropy,
+            "accuracy": right,
+        }
+
+    def _log_qy(self, guide: PyroFunction, args: Args) -> Tensor:
+        """Log q(y|x) of data with labels, from the guide without: `(values, rows)`."""
+        summed = self.draw(guide, args[:-1], 1).summed
+        if len(summed) != 1:
+            raise Refused(
+                "the guide must sample one label where none is given, marked "
+                f'infer={{"enumerate": "parallel"}}; it marks {len(summed)} sites'
+            )
+        ((_, score),) = summed.items()
+        return score.log_prob
