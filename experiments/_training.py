@@ -6,7 +6,8 @@ from typing import Any
 
 import pyrovae
 from pyrovae import _flags
-from pyrovae._train import Settings, build, load_data, options
+from pyrovae._build import arranged, build, load_data
+from pyrovae._train import Settings, options
 
 
 def fitted(
@@ -18,6 +19,7 @@ def fitted(
     settings = settings if seed is None else replace(settings, seed=seed)
     dataset = load_data(settings)
     vae, objective = build(settings, dataset)
+    dataset = arranged(settings, dataset)
     chosen = asdict(options(settings))
     history = pyrovae.fit(
         vae, dataset.train, valid=dataset.valid, objective=objective, progress=False, **chosen

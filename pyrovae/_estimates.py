@@ -13,16 +13,19 @@ from typing import Any
 import torch
 
 from pyrovae import _catalogue, _processes, evidence, plotting
+from pyrovae._build import made
 from pyrovae._config import Config
 from pyrovae._opened import opened, test_data
 from pyrovae._random import ASIDE, key
-from pyrovae._train import made, wrapped
+from pyrovae._train import wrapped
 from pyrovae.evidence import Bracket, LogPx, Method, compare, gaps, latents
 from pyrovae.evidence.cost import Forecast
 from pyrovae.evidence.keep import OtherEstimate, files
 from pyrovae.options import Options
+from pyrovae.program import as_args
 from pyrovae.runs import Run, write_arrays
 from pyrovae.training import check_data
+from pyrovae.vae import VAE
 
 DEFAULT_METHOD = "importance"
 """Of log-px; its files have the plain name."""
@@ -219,8 +222,9 @@ def posterior_command(
         seed=seed,
         progress=sys.stderr.isatty(),
     )
+    decodes = vae if isinstance(vae, VAE) else None
     name = f"posterior-{index}" if data is None else f"posterior-{Path(data).stem}-{index}"
-    figure = plotting.posterior(found, vae=vae, x=one[slice(0, 1)])
+    figure = plotting.posterior(found, vae=decodes, x=as_args(one[slice(0, 1)])[0])
     (picture,) = folder.add_figures({name: figure})
     file = folder.path / f"{name}.npz"
     write_arrays(file, found.arrays())

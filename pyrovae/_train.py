@@ -12,35 +12,32 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 
-from pyrovae import _processes, data, guides, likelihoods, nets, objectives, plotting, priors
+from pyrovae import _processes, data, guides, nets, objectives, plotting, priors
+from pyrovae._build import INFERENCE, LEARNING_LABELS, MODELS, arranged, build, load_data
 from pyrovae._catalogue import ROLES, expected
-from pyrovae._config import Config, class_path, find_class, from_config, parameters
+from pyrovae._config import Config
 from pyrovae.data import DataSet, Split
 from pyrovae.evidence import latents, log_px
-from pyrovae.hierarchical import HierarchicalVAE, LadderVAE
+from pyrovae.hierarchical import HierarchicalVAE
 from pyrovae.objectives import Objective
 from pyrovae.options import Options
-from pyrovae.program import Refused
+from pyrovae.program import Refused, as_args
 from pyrovae.runs import Run, model_config, save
-from pyrovae.training import NonFiniteLoss, check_data, fit
-from pyrovae.vae import VAE
+from pyrovae.training import NonFiniteLoss, fit
+from pyrovae.vae import Base
 
 SECTIONS = {
     "data": "Data",
-    "prior": "Model",
+    "model": "Model",
     "objective": "Training",
     "num_particles": "Result",
 }
 """Where the help of the command begins a new group of flags."""
-
-INFERENCE = {"bottom-up": HierarchicalVAE, "top-down": LadderVAE}
-"""Orders in which a guide goes through layers of latents."""
 
 OF_THE_FOLDER = ("out", "resume", "overwrite")
 
@@ -71,11 +68,18 @@ class Settings:
         standardize: Scale real data to mean 0 and variance 1; default: yes.
         missing: NaN, or an empty cell, marks a missing entry.
         data_seed: Seed of splits and of noise that is drawn once.
+        model: vae; conditional, of the data given their labels; semi-supervised, which learns the
+            labels from few; or auxiliary, the same with another layer of latents (Maaloe et al.,
+            2016).
+        labels: How many training data keep their label, as many of each class, chosen by --seed;
+            default: all.
         prior: p(z).
+        conditional_prior: p(z|y), a normal by a network of the label, in the place of p(z).
         likelihood: p(x|z); default: Bernoulli for binary data, and so on by the kind of data.
         guide: q(z|x); below the top of several layers inferred top-down, where a diagonal normal is
             needed, the default takes the place of one that is none.
-        net: Network of likelihood and guide; --guide.net and --likelihood.net give one its own. One
+        net: Network of likelihood, guide and classifier; --guide.net and --likelihood.net give one
+            its own. One
             for images has the default in its place between layers of latents.
         latent_dim: Number of latents; several, such as 100,50, make as many layers, the first next
             to the data, each with guide and net of its own.
@@ -111,7 +115,10 @@ class Settings:
     standardize: bool | None = None
     missing: bool = False
     data_seed: int = 777
+    model: str = "vae"
+    labels: int | None = None
     prior: Config | str = priors.DEFAULT.__name__
+    conditional_prior: bool = False
     likelihood: Config | None = None
     guide: Config | str = guides.DEFAULT.__name__
     net: Config | str = nets.DEFAULT.__name__
@@ -138,6 +145,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         self._check_layers()
+        self._check_labels()
         for name in ("seeds", "devices", "num_particles"):
             if getattr(self, name) < 1:
                 flag = name.replace("_", "-")
@@ -172,6 +180,21 @@ class Settings:
                 "--latent-dim 100,50"
             )
 
+    def _check_labels(self) -> None:
+        if self.model not in MODELS:
+            raise ValueError(f"--model must be one of {', '.join(MODELS)}, got {self.model!r}")
+        if self.model != "vae" and len(self.latent_dims) > 1:
+            raise ValueError(
+                f"--model {self.model} has one layer of latents: give one --latent-dim"
+            )
+        if self.labels is not None and self.model not in LEARNING_LABELS:
+            raise ValueError(
+                f"--labels is for models that learn them, {' and '.join(LEARNING_LABELS)}: name "
+                "one with --model"
+            )
+        if self.conditional_prior and self.model == "vae":
+            raise ValueError("--conditional-prior is for models with a label: name one by --model")
+
     def plain(self) -> dict[str, Any]:
         """As a run keeps them: without its folder, and with paths that hold from everywhere."""
         settings = {n: value for n, value in asdict(self).items() if n not in OF_THE_FOLDER}
@@ -195,7 +218,7 @@ def train(settings: Settings) -> None:
         _train_all(settings, dataset, run)
         return
     dataset = load_data(settings)
-    build(settings, dataset)
+    build(settings, dataset)  # what cannot be made is refused before there is a folder
     options(settings).fabric(settings.devices)
     made = _new_run(settings).path if _processes.leads() else None
     _train_all(settings, dataset, Run(_processes.gather(made)[0] or ""))
@@ -260,134 +283,23 @@ def check_same_data(run: Run, dataset: DataSet) -> None:
         )
 
 
-def load_data(settings: Settings) -> DataSet:
-    """The data set that the settings name."""
-    names = ("kind", "binarize", "dequantize", "standardize", "missing")
-    how: dict[str, Any] = {name: getattr(settings, name) for name in names}
-    for name, value in _reading(settings.likelihood).items():
-        how[name] = value if how[name] is None else how[name]
-    return data.load(settings.data, settings.data_root, seed=settings.data_seed, **how)
-
-
-def build(settings: Settings, dataset: DataSet) -> tuple[VAE, Objective]:
-    """The VAE that the settings describe, with weights by the seed, and its objective.
-
-    Raises:
-        ValueError: If parts do not fit each other or the data.
-    """
-    given = {
-        "shape": list(dataset.shape),
-        "latent_dim": settings.latent_dims[0],
-        "max_value": int(dataset.preprocess.max_value),
-        "net": settings.net,
-    }
-    torch.manual_seed(settings.seed)
-    likelihood = settings.likelihood or _default_likelihood(dataset.kind)
-    if len(settings.latent_dims) > 1:
-        vae: VAE = _hierarchy(settings, likelihood, given)
-    else:
-        vae = VAE(
-            made("prior", settings.prior, given),
-            made("likelihood", likelihood, given),
-            made("guide", settings.guide, given),
-            missing=settings.missing,
-        )
-    for split in (dataset.train, dataset.valid, dataset.test):
-        check_data(vae.model, vae.guide, split)
-    return vae, made("objective", settings.objective, {})
-
-
-def _hierarchy(settings: Settings, likelihood: Config, given: dict[str, Any]) -> VAE:
-    """The VAE with several layers that the settings describe."""
-    kind, dims = INFERENCE[settings.inference or "bottom-up"], settings.latent_dims
-    inner = {"net": _for_vectors(settings.net)}
-    below = _below_the_top(settings)
-    layers = [made("guide", below, given)]
-    for layer, dim in enumerate(dims[1:], 2):
-        config: Any = settings.guide if layer == len(dims) else below
-        own = {name: _for_vectors(value) for name, value in config["init_args"].items()}
-        shape = list(kind.shape_above(layers[-1]))
-        given_here = inner | {"shape": shape, "latent_dim": dim}
-        layers.append(made("guide", config | {"init_args": own}, given_here))
-    conditional = {"class_path": class_path(guides.DEFAULT), "init_args": {}}
-    conditionals = [
-        made("guide", conditional, inner | {"shape": [above], "latent_dim": dim})
-        for dim, above in pairwise(dims)
-    ]
-    top = inner | {"shape": list(layers[-1].shape), "latent_dim": dims[-1]}
-    prior = made("prior", settings.prior, top)
-    px = made("likelihood", likelihood, given)
-    return kind(prior, conditionals, px, layers, missing=settings.missing)
-
-
-def _below_the_top(settings: Settings) -> Config:
-    """The guide of the layers below the top: the default where the one named will not do there."""
-    named: Any = settings.guide
-    family: Any = find_class(named["class_path"])
-    if settings.inference != "top-down" or family.is_diagonal_normal:
-        return named
-    net = {name: value for name, value in named["init_args"].items() if name == "net"}
-    return {"class_path": class_path(guides.DEFAULT), "init_args": net}
-
-
-def _for_vectors(value: Any) -> Any:
-    """An argument of a part, or the default net in place of one for images."""
-    if isinstance(value, dict) and getattr(find_class(value["class_path"]), "images_only", False):
-        return {"class_path": class_path(nets.DEFAULT), "init_args": {}}
-    return value
-
-
 def options(settings: Settings) -> Options:
     """What `fit` takes of the settings, checked."""
     return Options(**{field.name: getattr(settings, field.name) for field in fields(Options)})
 
 
-def draw(run: Run, vae: VAE, split: Split) -> list[Path]:
+def draw(run: Run, vae: Base, split: Split) -> list[Path]:
     """Write a run's figures."""
     values = run.per_datum("log_px")
     if values is not None and len(values) != len(split):
         values = None
-    x = split[slice(0, len(split))]
+    x = as_args(split[slice(0, len(split))])[0]
     return run.add_figures(plotting.figures(vae.cpu(), x, split.y, run.metrics(), values))
 
 
 def wrapped(text: str) -> str:
     """A paragraph for the terminal."""
     return textwrap.fill(text, 98)
-
-
-def made(flag: str, config: Any, given: dict[str, Any]) -> Any:
-    """A part of its configuration and what data and other flags say, as far as it takes that.
-
-    Raises:
-        ValueError: If the part refuses its arguments: with the flag that names it in front.
-    """
-    takes = parameters(find_class(config["class_path"]))
-    args = {name: value for name, value in given.items() if name in takes} | config["init_args"]
-    for name, value in args.items():
-        if isinstance(value, dict):
-            place = f"{flag}.{name}" if name in config["init_args"] else name
-            args[name] = made(place, value, {})
-    try:
-        return from_config(config | {"init_args": args})
-    except ValueError as error:
-        raise ValueError(f"--{flag}: {error}") from error
-
-
-def _reading(likelihood: Config | None) -> dict[str, str]:
-    """How data are read for the likelihood that is named, by the kind of data it takes.
-
-    Levels are whole numbers, which are grey pixels or counts as the likelihood has it.
-    """
-    kind = getattr(find_class(likelihood["class_path"]), "kind", None) if likelihood else None
-    if kind in ("levels", "counts"):
-        return {"kind": kind}
-    return {"binarize": "none"} if kind in ("grey", "real") else {}
-
-
-def _default_likelihood(kind: str) -> Config:
-    """The likelihood that is taken for this kind of data where none is named."""
-    return {"class_path": class_path(likelihoods.DEFAULT[kind]), "init_args": {}}
 
 
 def _new_run(settings: Settings) -> Run:
@@ -434,6 +346,7 @@ def _train_one(settings: Settings, dataset: DataSet, run: Run) -> None:
         return
     start, leads = time.perf_counter(), _processes.leads()
     vae, objective = build(settings, dataset)
+    dataset = arranged(settings, dataset)
     if leads:
         _describe(settings, dataset, run, vae)
     _processes.gather(None)  # the others find the folder made
@@ -467,7 +380,7 @@ def peak_memory_mb() -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def _describe(settings: Settings, dataset: DataSet, run: Run, vae: VAE) -> None:
+def _describe(settings: Settings, dataset: DataSet, run: Run, vae: Base) -> None:
     """Begin the run's folder, and say what it is a run of."""
     if not run.begun:
         preprocess = dataset.preprocess.to_config()
@@ -481,7 +394,7 @@ def _describe(settings: Settings, dataset: DataSet, run: Run, vae: VAE) -> None:
     print(wrapped(_introduction(dataset, vae)), flush=True)
 
 
-def _score(settings: Settings, run: Run, vae: VAE, test: Split) -> list[str]:
+def _score(settings: Settings, run: Run, vae: Base, test: Split) -> list[str]:
     """Write log p(x) of the test data, and what the latents carry: a paragraph on each."""
     told, progress = [], sys.stderr.isatty()
     how: dict[str, Any] = {"seed": 0, "progress": progress, "shared": True}
@@ -505,7 +418,7 @@ def _score(settings: Settings, run: Run, vae: VAE, test: Split) -> list[str]:
 
 
 def _fit(
-    settings: Settings, run: Run, vae: VAE, objective: Objective, dataset: DataSet
+    settings: Settings, run: Run, vae: Base, objective: Objective, dataset: DataSet
 ) -> list[dict[str, Any]]:
     interactive = sys.stderr.isatty()
     every = max(1, settings.epochs // 10)
@@ -566,10 +479,10 @@ def _report_seeds(run: Run, runs: Sequence[Run]) -> None:
     print(f"Runs in {run.path}")
 
 
-def _introduction(dataset: DataSet, vae: VAE) -> str:
+def _introduction(dataset: DataSet, vae: Base) -> str:
     sizes = " / ".join(f"{len(s):,}" for s in (dataset.train, dataset.valid, dataset.test))
     weights = sum(p.numel() for p in vae.parameters())
-    encoders = vae.encoders if isinstance(vae, HierarchicalVAE) else [vae.encoder]
+    encoders: Any = vae.encoders if isinstance(vae, HierarchicalVAE) else [vae.encoder]
     prior, likelihood = type(vae.prior).__name__, type(vae.likelihood).__name__
     families = [type(encoder).__name__ for encoder in encoders]
     guide = families[0] if len(set(families)) == 1 else " + ".join(families)

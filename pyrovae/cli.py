@@ -18,9 +18,12 @@ from pyrovae._estimates import compare_command, gaps_command, log_px_command, po
 from pyrovae._opened import opened, test_data
 from pyrovae._processes import ProcessLost
 from pyrovae._train import SECTIONS, Settings, draw, train
+from pyrovae.conditional import ConditionalVAE
 from pyrovae.data import Preprocess
+from pyrovae.program import as_args
 from pyrovae.runs import write_arrays
 from pyrovae.training import NonFiniteLoss
+from pyrovae.vae import Base
 
 
 def encode_command(
@@ -41,7 +44,8 @@ def encode_command(
     split = test_data(folder, data, data_root)
     file = _writable(out or folder.path / "codes.npz")
     with torch.no_grad():
-        q = [vae.eval().posterior(split[slice(i, i + 1000)]) for i in range(0, len(split), 1000)]
+        blocks = (as_args(split[slice(i, i + 1000)]) for i in range(0, len(split), 1000))
+        q = [vae.eval().posterior(*block) for block in blocks]
         codes = {"loc": torch.cat([p.mean for p in q]), "scale": torch.cat([p.stddev for p in q])}
     write_arrays(file, codes if split.y is None else codes | {"y": split.y})
     print(f"{len(split):,} codes in {file}")
@@ -51,7 +55,8 @@ def sample_command(run: str, num_samples: int = 64, out: str | None = None, seed
     """Draw from a run's model: z from the prior, then x from p(x|z).
 
     The .npz file holds x, the draws, and mean, the mean of p(x|z) at each z. Data that were
-    standardized come in their own units. For pictures see pyrovae plot.
+    standardized come in their own units, and models with a label draw each class in turn and write
+    it as y. For pictures see pyrovae plot.
 
     Args:
         run: Folder of the run.
@@ -65,10 +70,12 @@ def sample_command(run: str, num_samples: int = 64, out: str | None = None, seed
     file = _writable(out or folder.path / "samples.npz")
     torch.manual_seed(seed)
     with torch.no_grad():
-        px = vae.eval().likelihood(vae.sample_latent(num_samples))
+        y = _labels(vae, num_samples)
+        px = vae.sample_px(num_samples, *y)
         drawn = {"x": px.sample(), "mean": px.mean}
     preprocess = folder.config.get("preprocess")
-    write_arrays(file, {name: _in_own_units(preprocess, x) for name, x in drawn.items()})
+    arrays = {name: _in_own_units(preprocess, x) for name, x in drawn.items()}
+    write_arrays(file, arrays | ({"y": y[0]} if y else {}))
     print(f"{num_samples:,} samples in {file}")
 
 
@@ -193,6 +200,13 @@ def _drop_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def _labels(vae: Base, count: int) -> tuple[torch.Tensor, ...]:
+    """A label for each of so many draws, of each class in turn; none where the model has none."""
+    if not isinstance(vae, ConditionalVAE) or vae.num_classes is None:
+        return ()
+    return (torch.arange(count) % vae.num_classes,)
 
 
 def _in_own_units(preprocess: dict[str, Any] | None, x: torch.Tensor) -> torch.Tensor:

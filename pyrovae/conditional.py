@@ -14,7 +14,6 @@ References:
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -102,8 +101,7 @@ class ConditionalVAE(Base):
         ((name, size),) = named.items()
         (self.label_dim,) = shape_of(size, name)  # type: ignore[arg-type]
         self.num_classes = num_classes
-        self.prior: Any = prior
-        self.likelihood, self.encoder = likelihood, guide
+        self.prior, self.likelihood, self.encoder = prior, likelihood, guide
         for role, part in more.items():
             self.add_module(role, part)
         if isinstance(prior, Prior):
@@ -208,15 +206,26 @@ class ConditionalVAE(Base):
             y: The label of each, or one for all.
             mean: Return means of p(x|y, z), not draws: pictures without pixel noise.
         """
+        with self._evaluation():
+            px = self.sample_px(num_samples, y, drawn=not mean)
+            return px.mean if mean else px.sample()
+
+    def sample_px(self, num_samples: int, y: Tensor, drawn: bool = True) -> dist.TorchDistribution:
+        """p(x|y, z) at draws of z from the prior: batch shape `(num_samples,)`.
+
+        Args:
+            num_samples: How many.
+            y: The label of each, or one for all.
+            drawn: Whether what lies between z and x is drawn, too, or taken at its mean.
+        """
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
         with self._evaluation():
-            label = self.numbers(torch.as_tensor(y, device=next(self.parameters()).device))
+            label = self.numbers(torch.as_tensor(y, device=self._device))
             label = label.expand(num_samples, -1)
             prior = self.latent(label)
-            z = prior.sample((num_samples,)[: 1 - len(prior.batch_shape)])
-            px = self._decoded(z, label, drawn=not mean)
-            return px.mean if mean else px.sample()
+            z = prior.sample() if prior.batch_shape else prior.sample((num_samples,))
+            return self._decoded(z, label, drawn)
 
     def _decoded(self, z: Tensor, label: Tensor, drawn: bool = False) -> dist.TorchDistribution:
         """p(x|y, z) by y's numbers; what lies between z and x at its mean, or drawn."""
@@ -232,7 +241,11 @@ class ConditionalVAE(Base):
     def _all_labels(self) -> Tensor:
         if self.num_classes is None:
             raise ValueError("y is a vector: say which labels, shape (num_labels, label_dim)")
-        return torch.arange(self.num_classes, device=next(self.parameters()).device)
+        return torch.arange(self.num_classes, device=self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.parameters()).device
 
     def _check_values(self, y: Tensor) -> None:
         """Refuse labels of the wrong shape, kind or range."""

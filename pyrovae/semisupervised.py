@@ -131,6 +131,10 @@ class SemiSupervisedVAE(ConditionalVAE):
                 y = pyro.sample("y", self.classifier(self._seen(x)), infer=SUMMED_OUT)
             pyro.sample("z", self.posterior(x, y))
 
+    def posterior(self, x: Tensor, y: Tensor | None = None) -> dist.TorchDistribution:
+        """q(z|x, y), of the most probable y if None: event shape `(latent_dim,)`."""
+        return super().posterior(x, self._label_of(x, y))
+
     def classify(self, x: Tensor) -> Tensor:
         """Probabilities q(y|x), shape `(batch, num_classes)`."""
         with self._evaluation():
@@ -150,9 +154,15 @@ class SemiSupervisedVAE(ConditionalVAE):
 
     def sample(self, num_samples: int = 1, y: Tensor | None = None, mean: bool = False) -> Tensor:
         """Draw from p(x), or from p(x|y), shape `(num_samples, *shape)`."""
+        return super().sample(num_samples, y, mean)  # type: ignore[arg-type]
+
+    def sample_px(
+        self, num_samples: int = 1, y: Tensor | None = None, drawn: bool = True
+    ) -> dist.TorchDistribution:
+        """p(x|y, z) at draws of y, if it is None, and z: batch shape `(num_samples,)`."""
         if y is None:
             y = dist.Categorical(self.class_probs).sample((max(num_samples, 1),))
-        return super().sample(num_samples, y, mean)
+        return super().sample_px(num_samples, y, drawn)
 
     def check_labels(self, y: Tensor | None) -> None:
         """Refuse labels that cannot be learnt from: each class needs one.
@@ -275,10 +285,6 @@ class AuxiliaryVAE(SemiSupervisedVAE):
             if y is None:
                 y = pyro.sample("y", self._class_of(seen, a), infer=SUMMED_OUT)
             pyro.sample("z", of(self.encoder, *self._above(seen, a), self.numbers(y)))
-
-    def posterior(self, x: Tensor, y: Tensor) -> dist.TorchDistribution:
-        """q(z|x, a, y) at the mean of q(a|x): event shape `(latent_dim,)`."""
-        return of(self.encoder, *self._beside(x, y))
 
     def classify(self, x: Tensor) -> Tensor:
         """Probabilities q(y|x, a) at the mean of q(a|x), shape `(batch, num_classes)`."""

@@ -41,6 +41,37 @@ class Base(Configurable, nn.Module):
     """
 
     missing: bool
+    prior: Any
+    likelihood: Any
+    encoder: Any
+
+    def model(self, *args: Any, **kwargs: Any) -> None:
+        """The model: p of data and latents."""
+        raise NotImplementedError
+
+    def guide(self, *args: Any, **kwargs: Any) -> None:
+        """The guide: q of the latents."""
+        raise NotImplementedError
+
+    def posterior(self, *args: Any, **kwargs: Any) -> dist.TorchDistribution:
+        """The guide's distribution of the codes of data."""
+        raise NotImplementedError
+
+    def encode(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Codes of data: the guide's mean."""
+        raise NotImplementedError
+
+    def reconstruct(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Data again, by way of their codes."""
+        raise NotImplementedError
+
+    def sample(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Draws from the model."""
+        raise NotImplementedError
+
+    def sample_px(self, *args: Any, **kwargs: Any) -> dist.TorchDistribution:
+        """The likelihood at draws of the latents from the model."""
+        raise NotImplementedError
 
     def _begin(self, missing: bool) -> None:
         nn.Module.__init__(self)
@@ -158,11 +189,16 @@ class VAE(Base):
             num_samples: How many.
             mean: Return means of p(x|z), not draws: pictures without pixel noise.
         """
+        with self._evaluation():
+            px = self.sample_px(num_samples)
+            return px.mean if mean else px.sample()
+
+    def sample_px(self, num_samples: int = 1) -> dist.TorchDistribution:
+        """p(x|z) at draws of z from the prior: batch shape `(num_samples,)`."""
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
         with self._evaluation():
-            px = self.likelihood(self.sample_latent(num_samples))
-            return px.mean if mean else px.sample()
+            return self.likelihood(self.sample_latent(num_samples))
 
     def sample_latent(self, num_samples: int = 1) -> Tensor:
         """Draw codes, as `decode` takes them, from p(z): shape `(num_samples, latent_dim)`."""

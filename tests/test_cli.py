@@ -17,8 +17,9 @@ import pytest
 import torch
 
 import pyrovae
-from pyrovae import _catalogue, _estimates, _flags, _train, cli
-from pyrovae._train import Settings, load_data, saved_settings
+from pyrovae import _build, _catalogue, _estimates, _flags, _train, cli
+from pyrovae._build import load_data
+from pyrovae._train import Settings, saved_settings
 from pyrovae.evidence.walk import Walk
 from pyrovae.runs import Run
 
@@ -390,7 +391,7 @@ def test_top_down_takes_any_guide_for_the_top_layer(pv: Callable[..., Ran]) -> N
     assert pv("encode", "run")[0] == 0
     given = _flags.parse("train", Settings, [*map(str, words), "--inference", "bottom-up"])
     settings = Settings(**given)
-    vae, _ = _train.build(settings, load_data(settings))
+    vae, _ = _build.build(settings, load_data(settings))
     assert [type(encoder).__name__ for encoder in vae.encoders] == ["IAF"] * 3
 
 

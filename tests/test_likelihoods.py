@@ -19,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyrovae
 from pyrovae import (
+    _build,
     _train,
     cli,
     compiled,
@@ -635,10 +636,10 @@ def test_a_likelihood_says_how_grey_data_are_read(
     name: str | None, path: str, settings: dict[str, Any], kind: str, treatment: str
 ) -> None:
     wanted = reading(name, path, **settings)
-    dataset = _train.load_data(wanted)
+    dataset = _build.load_data(wanted)
     assert dataset.kind == kind
     assert treatment in dataset.preprocess.describe()
-    vae, _ = _train.build(wanted, dataset)  # checks that the data lie in the support
+    vae, _ = _build.build(wanted, dataset)  # checks that the data lie in the support
     if kind == "levels":
         assert vae.likelihood.max_value == dataset.preprocess.max_value
         assert (dataset.test.log_det == 0).all()

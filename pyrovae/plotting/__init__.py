@@ -16,6 +16,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from pyrovae.conditional import ConditionalVAE
 from pyrovae.plotting.images import (
     draw_frame,
     explain_missing,
@@ -24,6 +25,7 @@ from pyrovae.plotting.images import (
     is_image,
     show_grid,
 )
+from pyrovae.plotting.labels import analogies, label_manifold, quantile_ticks, styles
 from pyrovae.plotting.panels import (
     BLUE,
     ORANGE,
@@ -44,22 +46,25 @@ from pyrovae.plotting.panels import (
 )
 from pyrovae.plotting.posterior import posterior
 from pyrovae.program import undisturbed
-from pyrovae.vae import VAE
+from pyrovae.vae import VAE, Base
 
 __all__ = [
+    "analogies",
     "figures",
     "interpolations",
+    "label_manifold",
     "latent_space",
     "log_px_histogram",
     "manifold",
     "posterior",
     "reconstructions",
     "samples",
+    "styles",
     "training_curves",
 ]
 
 
-def reconstructions(vae: VAE, x: Tensor, num: int = 10) -> Figure:
+def reconstructions(vae: Base, x: Tensor, num: int = 10, y: Tensor | None = None) -> Figure:
     """Data beside the mean of p(x|z) at the mean of q(z|x).
 
     Images in two rows, missing entries in orange. Other data entry by entry, each a scatter of
@@ -69,9 +74,12 @@ def reconstructions(vae: VAE, x: Tensor, num: int = 10) -> Figure:
         vae: The model.
         x: Data, shape `(n, *shape)`, NaN where missing.
         num: Images to show, spread evenly over x.
+        y: Their labels, for a model that takes them.
     """
-    x = some_rows(x, num if is_image(x.shape[1:]) else 1000)
-    again = vae.reconstruct(x)
+    shown = num if is_image(x.shape[1:]) else 1000
+    labels = _given_labels(vae, y, shown)
+    x = some_rows(x, shown)
+    again = vae.reconstruct(x, *labels)
     if not is_image(x.shape[1:]):
         return scatter_entries(x.flatten(1), again.flatten(1))
     figure, ax, (_, down) = grid_figure(
@@ -83,7 +91,7 @@ def reconstructions(vae: VAE, x: Tensor, num: int = 10) -> Figure:
 
 
 def samples(
-    vae: VAE, rows: int = 8, columns: int = 8, x: Tensor | None = None, seed: int = 0
+    vae: Base, rows: int = 8, columns: int = 8, x: Tensor | None = None, seed: int = 0
 ) -> Figure:
     """What the model makes up: z from the prior, then p(x|z).
 
@@ -108,7 +116,7 @@ def samples(
     return grid_figure(grid, grey_limits(drawn if x is None else x), title)[0]
 
 
-def latent_space(vae: VAE, x: Tensor, y: Tensor | None = None, max_points: int = 5000) -> Figure:
+def latent_space(vae: Base, x: Tensor, y: Tensor | None = None, max_points: int = 5000) -> Figure:
     """Where the data lie in the latent space: the mean of q(z|x) of each.
 
     One latent is drawn as a histogram, two as they are, more as their first two principal
@@ -125,9 +133,10 @@ def latent_space(vae: VAE, x: Tensor, y: Tensor | None = None, max_points: int =
     """
     if y is not None and len(y) != len(x):
         raise ValueError(f"y must be as long as x, {len(x)}, got {len(y)}")
-    shown = some_rows(x, max_points)
+    shown, labels = some_rows(x, max_points), _given_labels(vae, y, max_points)
     y = None if y is None else some_rows(y, max_points).detach().cpu()
-    z = as_numpy(torch.cat([vae.encode(batch) for batch in shown.split(500)]))
+    batches = zip(*(t.split(500) for t in (shown, *labels)), strict=True)
+    z = as_numpy(torch.cat([vae.encode(*batch) for batch in batches]))
     figure = Figure(figsize=(6.5, 5.5), dpi=150, layout="constrained")
     ax = figure.subplots()
     of = f" of {len(x):,}" if len(shown) < len(x) else ""
@@ -175,12 +184,7 @@ def manifold(vae: VAE, size: int = 15) -> Figure:
     title = "Means of p(x|z) over the latent space"
     square = images.unflatten(0, (size, size))
     figure, ax, (across, down) = grid_figure(square, grey_limits(images), title, gap=0)
-    every = math.ceil(size / 8)
-    labels = [with_minus(f"{value:.2f}") for value in z[::every].tolist()]
-    ax.set_xticks(across[::every], labels)
-    ax.set_yticks(down[::-1][::every], labels)
-    ax.set(xlabel="z1", ylabel="z2")
-    ax.tick_params(length=3)
+    quantile_ticks(ax, z, across, down)
     return figure
 
 
@@ -289,7 +293,7 @@ def log_px_histogram(values: Tensor, x: Tensor | None = None, num: int = 8) -> F
 
 
 def figures(
-    vae: VAE,
+    vae: Base,
     x: Tensor,
     y: Tensor | None = None,
     history: Sequence[dict[str, Any]] | None = None,
@@ -305,11 +309,17 @@ def figures(
         log_px_values: log p(x) of each of x in nats, shape `(n,)`.
     """
     made = {
-        "reconstructions": reconstructions(vae, x),
-        "samples": samples(vae, x=x),
+        "reconstructions": reconstructions(vae, x, y=y),
         "latent_space": latent_space(vae, x, y),
     }
-    if is_image(x.shape[1:]):
+    if isinstance(vae, ConditionalVAE):
+        if is_image(x.shape[1:]):
+            made["analogies"] = analogies(vae, x, y)
+            if vae.num_classes:
+                made["samples"] = styles(vae)
+    else:
+        made["samples"] = samples(vae, x=x)
+    if is_image(x.shape[1:]) and isinstance(vae, VAE):
         if vae.latent_dims == (2,):
             made["manifold"] = manifold(vae)
         if len(x) > 1:
@@ -320,3 +330,10 @@ def figures(
     if log_px_values is not None and log_px_values.isfinite().any():
         made["log_px"] = log_px_histogram(log_px_values, x)
     return made
+
+
+def _given_labels(vae: Base, y: Tensor | None, num: int) -> tuple[Tensor, ...]:
+    """Labels of the data shown, for a model that takes them."""
+    if y is None or not isinstance(vae, ConditionalVAE):
+        return ()
+    return (some_rows(y, num),)
