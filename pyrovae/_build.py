@@ -32,6 +32,15 @@ LEARNING_LABELS = {"semi-supervised": "SemiSupervised", "auxiliary": "SemiSuperv
 """Models that learn a label, and the objective that does."""
 
 
+def with_objective(words: list[str]) -> list[str]:
+    """The words of a command, with the objective of the model named where none is."""
+    apart = [w for word in words for w in (word.split("=", 1) if word[:2] == "--" else [word])]
+    if "--objective" in apart or "--model" not in apart[:-1]:
+        return words
+    objective = LEARNING_LABELS.get(apart[apart.index("--model") + 1])
+    return words if objective is None else [*words, "--objective", objective]
+
+
 def load_data(settings: Settings) -> DataSet:
     """The data set that the settings name."""
     names = ("kind", "binarize", "dequantize", "standardize", "missing")

@@ -17,13 +17,14 @@ from pyrovae._build import made
 from pyrovae._config import Config
 from pyrovae._opened import opened, test_data
 from pyrovae._random import ASIDE, key
-from pyrovae._train import wrapped
+from pyrovae._train import classified, wrapped
 from pyrovae.evidence import Bracket, LogPx, Method, compare, gaps, latents
 from pyrovae.evidence.cost import Forecast
 from pyrovae.evidence.keep import OtherEstimate, files
 from pyrovae.options import Options
 from pyrovae.program import as_args
 from pyrovae.runs import Run, write_arrays
+from pyrovae.semisupervised import SemiSupervisedVAE
 from pyrovae.training import check_data
 from pyrovae.vae import VAE
 
@@ -182,6 +183,42 @@ def compare_command(
     _check_same_test_data([run for runs_of_one in models.values() for run in runs_of_one])
     found = {name: [_log_px_of(r, estimator, refined) for r in models[name]] for name in names}
     print(compare(found))
+
+
+def classify_command(
+    run: str, data: str | None = None, out: str | None = None, data_root: str | None = None
+) -> None:
+    """Write the probability of each class, for a run's test data or for a file.
+
+    For models that learn a label. The CSV has a row per datum: index, predicted, label where one is
+    known, and p0, p1, ...; where labels are known, the error and how well calibrated the
+    probabilities are is printed, and written beside it as JSON.
+
+    Example:
+        pyrovae classify runs/few --data new.npy
+
+    Args:
+        run: Folder of the run.
+        data: File or named set to classify instead, treated as the run's own data were.
+        out: A .csv file; default: RUN/classes.csv, with the name of the data if they are given.
+        data_root: Folder with the files of the named sets; default: $PYROVAE_DATA.
+    """
+    folder, vae = opened(run)
+    if not isinstance(vae, SemiSupervisedVAE):
+        raise ValueError(
+            f"{run} holds a {type(vae).__name__}, which learns no label: train one by --model "
+            "semi-supervised or auxiliary"
+        )
+    file = Path(out or folder.path / f"classes{'' if data is None else f'-{Path(data).stem}'}.csv")
+    if file.suffix != ".csv" or not file.parent.is_dir():
+        raise ValueError(f"--out must be a .csv file in a folder that is there, got {file}")
+    split = test_data(folder, data, data_root)
+    check_data(vae.model, vae.guide, split)
+    probs, found = classified(vae, split)
+    folder.add_classes(probs, found, file)
+    if found is not None:
+        print(wrapped(str(found)))
+    print(f"{len(probs):,} data in {file}")
 
 
 def posterior_command(

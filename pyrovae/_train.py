@@ -16,18 +16,20 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
+from torch import Tensor
 
 from pyrovae import _processes, data, guides, nets, objectives, plotting, priors
 from pyrovae._build import INFERENCE, LEARNING_LABELS, MODELS, arranged, build, load_data
 from pyrovae._catalogue import ROLES, expected
 from pyrovae._config import Config
 from pyrovae.data import DataSet, Split
-from pyrovae.evidence import latents, log_px
+from pyrovae.evidence import Classification, latents, log_px
 from pyrovae.hierarchical import HierarchicalVAE
 from pyrovae.objectives import Objective
 from pyrovae.options import Options
 from pyrovae.program import Refused, as_args
 from pyrovae.runs import Run, model_config, save
+from pyrovae.semisupervised import SemiSupervisedVAE
 from pyrovae.training import NonFiniteLoss, fit
 from pyrovae.vae import Base
 
@@ -408,13 +410,30 @@ def _score(settings: Settings, run: Run, vae: Base, test: Split) -> list[str]:
             run.add_log_px(found)
     if not _processes.leads():
         return told
+    codes_of = test
+    if isinstance(vae, SemiSupervisedVAE):
+        probs, classes = classified(vae, test)
+        run.add_classes(probs, classes)
+        if classes is not None:
+            told.append(str(classes))
+            codes_of = test.with_labels()
     try:
-        carried = latents(vae.model, vae.guide, test, seed=0, progress=progress)
+        carried = latents(vae.model, vae.guide, codes_of, seed=0, progress=progress)
         run.add_latents(carried)
         told.append(str(carried))
     except Refused as error:
         told.append(f"What the latents carry is not known: {error}.")
     return told
+
+
+def classified(vae: SemiSupervisedVAE, split: Split) -> tuple[Tensor, Classification | None]:
+    """Class probabilities of data, and how good they are where labels are known."""
+    like = next(vae.parameters())
+    starts = range(0, len(split), 1000)
+    probs = torch.cat([vae.classify(split[slice(i, i + 1000)].to(like)) for i in starts]).cpu()
+    return probs, None if split.y is None else Classification(
+        probs, split.y.cpu(), split.description
+    )
 
 
 def _fit(

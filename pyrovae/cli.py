@@ -13,8 +13,15 @@ import torch
 
 import pyrovae
 from pyrovae import _catalogue, _flags, _processes
+from pyrovae._build import with_objective
 from pyrovae._catalogue import ROLES, dashed
-from pyrovae._estimates import compare_command, gaps_command, log_px_command, posterior_command
+from pyrovae._estimates import (
+    classify_command,
+    compare_command,
+    gaps_command,
+    log_px_command,
+    posterior_command,
+)
 from pyrovae._opened import opened, test_data
 from pyrovae._processes import ProcessLost
 from pyrovae._train import SECTIONS, Settings, draw, train
@@ -108,6 +115,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "gaps": gaps_command,
     "compare": compare_command,
     "posterior": posterior_command,
+    "classify": classify_command,
     "encode": encode_command,
     "sample": sample_command,
     "plot": plot_command,
@@ -148,6 +156,8 @@ def _run(words: list[str]) -> None:
         print(pyrovae.__version__)
         return
     command, rest = words[0], words[1:]
+    if command == "train":
+        rest = with_objective(rest)
     if command not in COMMANDS:
         known = ", ".join(COMMANDS)
         hint = _catalogue.nearest(command, COMMANDS)

@@ -167,6 +167,9 @@ class ConditionalVAE(Base):
                 f"{type(self).__name__} takes data with labels: give (x, y), or split.with_labels()"
             )
         self._check_values(y)
+        expected = (len(y),) if self.num_classes else (len(y), self.label_dim)
+        if y.shape != expected:
+            raise ValueError(f"y must have shape {expected}, got {tuple(y.shape)}")
 
     def encode(self, x: Tensor, y: Tensor) -> Tensor:
         """Mean of q(z|x, y), shape `(batch, latent_dim)`."""
@@ -252,14 +255,14 @@ class ConditionalVAE(Base):
         if self.num_classes is None:
             if not y.is_floating_point() or y.shape[-1:] != (self.label_dim,):
                 raise ValueError(
-                    f"y must be real numbers of shape (batch, {self.label_dim}), got "
-                    f"{tuple(y.shape)} of {y.dtype}"
+                    f"y must be real numbers of shape (batch, {self.label_dim}), got {y.dtype} of "
+                    f"shape {tuple(y.shape)}"
                 )
             return
-        if y.is_floating_point() or y.dtype == torch.bool or (y.dim() > 1 and y.shape[-1] != 1):
+        if y.is_floating_point() or y.dtype == torch.bool:
             raise ValueError(
-                f"y must be classes as whole numbers, of shape (batch,), got {tuple(y.shape)} of "
-                f"{y.dtype}"
+                f"y must be classes as whole numbers, of shape (batch,), got {y.dtype} of shape "
+                f"{tuple(y.shape)}"
             )
         low, high = int(y.min()), int(y.max())
         if low < 0 or high >= self.num_classes:

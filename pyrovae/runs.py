@@ -9,6 +9,7 @@ log_px.json, .csv      log p(x) of the test data: summary, and one row per datum
 log_px.npz             the same rows as arrays
 latents.json, .csv     rate, distortion and the like: summary, and one row per latent
 gaps.json, .csv        approximation and amortization gap: summary, and one row per datum
+classes.json, .csv     a classifier's error and calibration; probabilities, a row per datum
 posterior-*.npz        draws from the posterior of one datum, and from the guide
 summary.json           time, memory, validation ELBO
 figures/*.png          pictures
@@ -35,7 +36,8 @@ from torch import Tensor, nn
 import pyrovae
 from pyrovae._config import from_config, to_config
 from pyrovae.checkpoint import read_tensors, replacing, write_tensors
-from pyrovae.evidence import Bracket, Gaps, Latents
+from pyrovae.evidence import Bracket, Classification, Gaps, Latents
+from pyrovae.evidence.classification import table as rows_of_classes
 from pyrovae.evidence.result import PER_DATUM, LogPx
 from pyrovae.program import Program, owners
 
@@ -47,6 +49,7 @@ WRITTEN = (
     *(CONFIG, WEIGHTS, SUMMARY, METRICS, CHECKPOINT, "log_px*.json", "log_px*.csv"),
     *("log_px*.npz", "gaps*.json", "gaps*.csv", "bidirectional*.json", "bidirectional*.csv"),
     *("*.partial", "*.partial.*"),
+    *("classes*.json", "classes*.csv"),
     *("latents*.json", "latents*.csv", "codes.npz", "samples.npz", "posterior-*.npz"),
     *("figures/*.png", ".*.tmp"),
 )
@@ -293,6 +296,22 @@ class Run:
         """Write what the latents carry: its summary as JSON, and a row per latent as CSV."""
         _write_csv(self.path / f"{name}.csv", result.rows())
         self.write_json(f"{name}.json", result.summary() | {"made_by": made_by()})
+
+    def add_classes(
+        self, probs: Tensor, found: Classification | None, file: Path | None = None
+    ) -> Path:
+        """Write class probabilities, a row per datum as CSV; if labels are known, a summary too.
+
+        Args:
+            probs: Shape `(N, num_classes)`.
+            found: Beside the true classes; None where they are not known.
+            file: The CSV; classes.csv in the run if None.
+        """
+        file = file or self.path / "classes.csv"
+        _write_csv(file, rows_of_classes(found, probs))
+        if found is not None:
+            write_json(file.with_suffix(".json"), found.summary() | {"made_by": made_by()})
+        return file
 
     def per_datum(self, name: str = "log_px") -> torch.Tensor | None:
         """Log p(x) of each datum as written by `add_log_px`, shape `(N,)`; None if it was not.

@@ -135,6 +135,10 @@ class SemiSupervisedVAE(ConditionalVAE):
         """q(z|x, y), of the most probable y if None: event shape `(latent_dim,)`."""
         return super().posterior(x, self._label_of(x, y))
 
+    def initialize(self, x: Tensor, y: Tensor | None = None) -> None:
+        """Start new parts at training data x, `(n, *shape)`, and their labels, if there are any."""
+        super().initialize(x, self._label_of(x, y))
+
     def classify(self, x: Tensor) -> Tensor:
         """Probabilities q(y|x), shape `(batch, num_classes)`."""
         with self._evaluation():

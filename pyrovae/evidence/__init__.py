@@ -2,6 +2,7 @@
 
 from pyrovae.evidence.annealed import Annealed
 from pyrovae.evidence.bidirectional import Bidirectional, Bracket, validate
+from pyrovae.evidence.classification import Classification
 from pyrovae.evidence.compare import Comparison, compare
 from pyrovae.evidence.estimate import elbo, exact, log_px
 from pyrovae.evidence.exact import Exact
@@ -17,6 +18,7 @@ __all__ = [
     "Annealed",
     "Bidirectional",
     "Bracket",
+    "Classification",
     "Comparison",
     "Exact",
     "Gaps",

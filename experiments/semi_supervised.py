@@ -1,0 +1,221 @@
+"""How few labels do digits need?
+
+Question: what is the test error of each semi-supervised model, by the number of labels?
+Command:  python experiments/semi_supervised.py          (embedded digits)
+          python experiments/semi_supervised.py --data mnist --data-root DATA
+Hardware: two cores, no GPU; two minutes, on MNIST two hours.
+Expected: on MNIST with 100 / 600 / 1000 / 3000 labels M1 and a support vector machine 11.8 / 5.7 /
+          4.2 / 3.5 %, M2 12.0 / 4.9 / 3.6 / 3.9 %, M1+M2 3.3 / 2.6 / 2.4 / 2.2 % (Kingma et al.,
+          2014, arXiv:1406.5298); the skip model 1.3 % with 100 (Maaloe et al., 2016,
+          arXiv:1602.05473). Both train for many times as long.
+
+Labels are balanced and drawn anew for each seed. Every setting is the same for all numbers of
+labels and was not chosen by labels that a model is not given. Each (model, labels, seed) is written
+as soon as it is there, and one that is there already is left out. Writes
+experiments/results/semi_supervised-DATA.json and .png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import _results
+import matplotlib.pyplot as plt
+import torch
+from sklearn.svm import SVC
+from torch import Tensor
+
+import pyrovae
+from pyrovae import (
+    AuxiliaryVAE,
+    Classifier,
+    SemiSupervisedVAE,
+    data,
+    guides,
+    likelihoods,
+    nets,
+    priors,
+)
+from pyrovae.evidence import Classification
+from pyrovae.objectives import SemiSupervised
+from pyrovae.runs import made_by, write_json
+
+LABELS = {"digits": (20, 50, 100, 300), "mnist": (100, 600, 1000, 3000)}
+CODES = 50
+NET = nets.MLP(hidden=(500, 500))
+
+
+def m1(dataset: data.DataSet, few: data.Split, epochs: int) -> Tensor:
+    """A support vector machine on the codes of a VAE that saw no label: classes as one-hot."""
+    vae = unlabelled(dataset, epochs)
+    known = few.y >= 0
+    machine = SVC(C=10).fit(vae.encode(dataset.train[known]).numpy(), few.y[known])
+    found = machine.predict(encoded(vae, dataset.test).numpy())
+    return torch.nn.functional.one_hot(torch.as_tensor(found), num_classes(dataset)).float()
+
+
+def m2(dataset: data.DataSet, few: data.Split, epochs: int) -> Tensor:
+    """q(y|x) of a VAE of x and y."""
+    c, entries = num_classes(dataset), dataset.train.x[0].numel()
+    vae = SemiSupervisedVAE(
+        priors.StandardNormal(CODES),
+        likelihoods.Bernoulli(dataset.shape, CODES + c, NET),
+        guides.Normal((entries + c,), CODES, NET),
+        Classifier(dataset.shape, c, NET),
+    )
+    pyrovae.fit(vae, few, objective=OBJECTIVE, epochs=epochs, **HOW)
+    return classified(vae, dataset.test)
+
+
+def m1_m2(dataset: data.DataSet, few: data.Split, epochs: int) -> Tensor:
+    """The same on the codes of a VAE that saw no label, stacked upon it."""
+    c, first = num_classes(dataset), unlabelled(dataset, epochs)
+    codes = encoded(first, dataset.train)
+    second = SemiSupervisedVAE(
+        priors.StandardNormal(CODES),
+        likelihoods.Normal((CODES,), CODES + c, NET, scale="amortized"),
+        guides.Normal((CODES + c,), CODES, NET),
+        Classifier((CODES,), c, NET),
+    )
+    pyrovae.fit(second, (codes, few.y), objective=OBJECTIVE, epochs=epochs, **HOW)
+    return classified(AuxiliaryVAE.stacked(first, second), dataset.test)
+
+
+def skip(dataset: data.DataSet, few: data.Split, epochs: int) -> Tensor:
+    """q(y|x, a) of a skip deep generative model."""
+    c, entries = num_classes(dataset), dataset.train.x[0].numel()
+    vae = AuxiliaryVAE(
+        priors.StandardNormal(CODES),
+        likelihoods.Normal((CODES,), CODES + c, NET, scale="amortized"),
+        likelihoods.Bernoulli(dataset.shape, 2 * CODES + c, NET),
+        guides.Normal((entries + CODES + c,), CODES, NET),
+        guides.Normal(dataset.shape, CODES, NET),
+        Classifier((entries + CODES,), c, NET),
+    )
+    pyrovae.fit(vae, few, objective=OBJECTIVE, epochs=epochs, **HOW)
+    return classified(vae, dataset.test)
+
+
+MODELS: dict[str, Callable[..., Tensor]] = {"M1 + SVM": m1, "M2": m2, "M1+M2": m1_m2, "skip": skip}
+OBJECTIVE = SemiSupervised(alpha=0.1)
+HOW: dict[str, Any] = {"batch_size": 200, "lr": 3e-3, "clip_norm": 100.0, "progress": False}
+
+
+@cache
+def unlabelled(dataset: data.DataSet, epochs: int) -> pyrovae.VAE:
+    """A VAE of the training data, the same for every draw of labels."""
+    torch.manual_seed(0)
+    vae = pyrovae.VAE(
+        priors.StandardNormal(CODES),
+        likelihoods.Bernoulli(dataset.shape, CODES, NET),
+        guides.Normal(dataset.shape, CODES, NET),
+    )
+    pyrovae.fit(vae, dataset.train, epochs=epochs, progress=False)
+    return vae
+
+
+def num_classes(dataset: data.DataSet) -> int:
+    """Classes of the labels."""
+    return int(dataset.train.y.max()) + 1
+
+
+def encoded(vae: pyrovae.VAE, split: data.Split) -> Tensor:
+    """Codes of all data."""
+    return torch.cat([vae.encode(split[slice(i, i + 1000)]) for i in range(0, len(split), 1000)])
+
+
+def classified(vae: SemiSupervisedVAE, split: data.Split) -> Tensor:
+    """Class probabilities of all data."""
+    return torch.cat([vae.classify(split[slice(i, i + 1000)]) for i in range(0, len(split), 1000)])
+
+
+def one(name: str, dataset: data.DataSet, labels: int, seed: int, epochs: int) -> dict[str, Any]:
+    """Train and judge one model with one draw of labels."""
+    few = data.hide_labels(dataset.train, labels, seed)
+    start = time.perf_counter()
+    torch.manual_seed(seed)
+    probs = MODELS[name](dataset, few, epochs)
+    found = Classification(probs, dataset.test.y, dataset.test.description).summary()
+    return found | {"epochs": epochs, "seconds": time.perf_counter() - start, "made_by": made_by()}
+
+
+def table(found: dict[str, Any]) -> str:
+    """Errors in percent with their standard error over draws of labels (number of draws)."""
+    counts = sorted({count for rows in found.values() for count in rows}, key=int)
+    lines = [f"| test error, % | {' | '.join(f'{c} labels' for c in counts)} | calibration error |"]
+    lines.append("|---" * (len(counts) + 2) + "|")
+    for name, rows in found.items():
+        cells = [_cell(rows.get(count, {})) for count in counts]
+        off = [run["calibration_error"] for runs in rows.values() for run in runs.values()]
+        shown = "" if name == "M1 + SVM" else f"{statistics.fmean(off):.1%}"
+        lines.append(f"| {name} | {' | '.join(cells)} | {shown} |")
+    return "\n".join(lines)
+
+
+def _cell(runs: dict[str, Any]) -> str:
+    errors = [100 * run["error"] for run in runs.values()]
+    if len(errors) < 2:
+        return f"{errors[0]:.2f} (1)" if errors else ""
+    spread = statistics.stdev(errors) / len(errors) ** 0.5
+    return f"{statistics.fmean(errors):.2f} ± {spread:.2f} ({len(errors)})"
+
+
+def figure(found: dict[str, Any], of: str) -> plt.Figure:
+    """Error by number of labels."""
+    made, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    for (name, rows), marker in zip(found.items(), "osD^", strict=False):
+        each = [(int(n), [100 * r["error"] for r in runs.values()]) for n, runs in rows.items()]
+        means = sorted((n, statistics.fmean(errors)) for n, errors in each)
+        (line,) = axis.plot(*zip(*means, strict=True), label=name, marker=marker)
+        points = [(n, error) for n, errors in each for error in errors]
+        axis.scatter(*zip(*points, strict=True), s=8, alpha=0.5, color=line.get_color())
+    axis.set(xscale="log", yscale="log", xlabel="labels", ylabel="test error, %")
+    ticks = sorted({int(count) for rows in found.values() for count in rows})
+    axis.set_xticks(ticks, [str(tick) for tick in ticks])
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
+    axis.minorticks_off()
+    axis.set_title(f"Test error by number of labels, {of}: draws and their means")
+    axis.legend(frameon=False)
+    return made
+
+
+def main() -> None:
+    """Run what is not there yet, and tabulate."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default="digits", choices=list(LABELS))
+    parser.add_argument("--data-root", help="folder with the data sets' files")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--labels", type=int, nargs="+")
+    parser.add_argument("--draws", type=int, default=3, help="draws of labels")
+    parser.add_argument("--epochs", type=int, help="default: 100 of the digits, 50 of MNIST")
+    _results.add_flags(parser)
+    asked = parser.parse_args()
+    counts = asked.labels or LABELS[asked.data]
+    epochs = asked.epochs or (100 if asked.data == "digits" else 50)
+    if asked.smoke:
+        counts, asked.draws, epochs = counts[:1], 1, 1
+    file: Path = _results.folder(asked) / f"semi_supervised-{asked.data}.json"
+    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    dataset = data.load(asked.data, asked.data_root)
+    for name in asked.models:
+        for count in counts:
+            runs = found.setdefault(name, {}).setdefault(str(count), {})
+            for seed in range(asked.draws):
+                if str(seed) not in runs:
+                    runs[str(seed)] = one(name, dataset, count, seed, epochs)
+                    write_json(file, found)
+                    print(name, count, seed, runs[str(seed)], flush=True)
+    figure(found, asked.data).savefig(file.with_suffix(".png"), dpi=130)
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
