@@ -16,7 +16,7 @@ from pyrovae.data import DataSet, Split
 from pyrovae.hierarchical import HierarchicalVAE, LadderVAE
 from pyrovae.objectives import Objective
 from pyrovae.semisupervised import AuxiliaryVAE, Classifier, SemiSupervisedVAE
-from pyrovae.training import check_data
+from pyrovae.training import check_data, check_labels
 from pyrovae.vae import VAE, Base
 
 if TYPE_CHECKING:
@@ -104,7 +104,9 @@ def build(settings: Settings, dataset: DataSet) -> tuple[Base, Objective]:
     taken = arranged(settings, dataset)
     for split in (taken.train, taken.valid, taken.test):
         check_data(vae.model, vae.guide, split)
-    return vae, made("objective", settings.objective, {})
+    objective = made("objective", settings.objective, {})
+    check_labels(vae, taken.train, objective)
+    return vae, objective
 
 
 def _num_classes(settings: Settings, dataset: DataSet) -> int:

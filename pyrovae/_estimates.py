@@ -17,7 +17,7 @@ from pyrovae._build import made
 from pyrovae._config import Config
 from pyrovae._opened import opened, test_data
 from pyrovae._random import ASIDE, key
-from pyrovae._train import classified, wrapped
+from pyrovae._train import classified, given, wrapped
 from pyrovae.evidence import Bracket, LogPx, Method, compare, gaps, latents
 from pyrovae.evidence.cost import Forecast
 from pyrovae.evidence.keep import OtherEstimate, files
@@ -105,7 +105,7 @@ def log_px_command(
     print(wrapped(str(result)), flush=True)
     written = [f"Per datum: {folder.path / name}.csv"]
     if not estimator.simulates:
-        carried = latents(*program, **noise)
+        carried = latents(vae.model, vae.guide, given(vae, split), **noise)
         folder.add_latents(carried, f"latents{stem}")
         print(wrapped(str(carried)))
         written.append(f"Per latent: {folder.path / 'latents'}{stem}.csv")
@@ -125,7 +125,8 @@ def gaps_command(
     """Say where the nats between log p(x) and the ELBO go, and which latents have collapsed.
 
     The approximation gap is lost by the guide's family, the amortization gap by its network. Prints
-    both with their errors, and writes them to the run's folder, with a row per datum.
+    both with their errors, and writes them to the run's folder, with a row per datum. Of a model
+    that learns a label they are those of log p(x, y), y known or predicted.
 
     Args:
         run: Folder of the run.
@@ -147,6 +148,7 @@ def gaps_command(
     how: dict[str, Any] = {"seed": seed, "progress": sys.stderr.isatty()}
     count = min(num_data, len(split))
     index = torch.arange(count) * len(split) // count
+    split = given(vae, split)  # a label that is summed out has no gap of its own
     found = gaps(vae.model, vae.guide, split.subset(index), method=estimator, steps=steps, **how)
     name = "gaps" if data is None else f"gaps-{Path(data).stem}"
     folder.add_gaps(found, index, name)

@@ -410,15 +410,12 @@ def _score(settings: Settings, run: Run, vae: Base, test: Split) -> list[str]:
             run.add_log_px(found)
     if not _processes.leads():
         return told
-    codes_of = test
     if isinstance(vae, SemiSupervisedVAE):
         probs, classes = classified(vae, test)
         run.add_classes(probs, classes)
-        if classes is not None:
-            told.append(str(classes))
-            codes_of = test.with_labels()
+        told += [] if classes is None else [str(classes)]
     try:
-        carried = latents(vae.model, vae.guide, codes_of, seed=0, progress=progress)
+        carried = latents(vae.model, vae.guide, given(vae, test), seed=0, progress=progress)
         run.add_latents(carried)
         told.append(str(carried))
     except Refused as error:
@@ -434,6 +431,14 @@ def classified(vae: SemiSupervisedVAE, split: Split) -> tuple[Tensor, Classifica
     return probs, None if split.y is None else Classification(
         probs, split.y.cpu(), split.description
     )
+
+
+def given(vae: Base, split: Split) -> Split:
+    """Data with their labels, known or predicted, for a model that would sum them out."""
+    if not isinstance(vae, SemiSupervisedVAE):
+        return split
+    y = classified(vae, split)[0].argmax(-1) if split.y is None else split.y
+    return replace(split, y=y).with_labels()
 
 
 def _fit(

@@ -27,7 +27,15 @@ from pyrovae.objectives import DEFAULT, Objective
 from pyrovae.options import SCHEDULES, Options
 from pyrovae.program import PyroFunction
 
-__all__ = ["SCHEDULES", "NonFiniteLoss", "Options", "check_data", "fit", "functions"]
+__all__ = [
+    "SCHEDULES",
+    "NonFiniteLoss",
+    "Options",
+    "check_data",
+    "check_labels",
+    "fit",
+    "functions",
+]
 
 
 def fit(
@@ -119,7 +127,7 @@ def fit(
         fabric.to_device(module)
     train = known_or_not(as_split(train)).to(fabric.device)
     valid = None if valid is None else as_split(valid).to(fabric.device)
-    _check_labels(vae, train, objective)
+    check_labels(vae, train, objective)
     with program.undisturbed(model, guide, buffers=False), _frozen_unremarked():
         torch.manual_seed(key(seed, 0))  # for parameters that Pyro functions make as they run
         for split in (train, valid):
@@ -186,8 +194,12 @@ def check_data(
     program.check(model, guide, program.as_args(split[slice(0, 7)]), **needs)
 
 
-def _check_labels(vae: nn.Module, train: Split, objective: pyro.infer.ELBO) -> None:
-    """Refuse labels that the module cannot learn from, or the objective cannot do with."""
+def check_labels(vae: nn.Module, train: Split, objective: pyro.infer.ELBO) -> None:
+    """Refuse labels that the module cannot learn from, or the objective cannot do with.
+
+    Raises:
+        ValueError: With the reason.
+    """
     if len(train.parts) > 1 and not getattr(objective, "labels", False):
         raise ValueError(
             f"{type(objective).__name__} takes data that all have labels, or none: with labels "

@@ -568,6 +568,131 @@ def test_seeds_report_mean_and_spread_and_go_on_where_they_stopped(pv: Callable[
     assert json.loads(Path("alone/log_px.json").read_text())["mean"] == values[1]
 
 
+# Labels -------------------------------------------------------------------------------------------
+
+LABELLED = ("train", "--data", "labelled.npz", *FAST)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "semi-supervised",
+        pytest.param("conditional", marks=pytest.mark.slow),
+        pytest.param("auxiliary", marks=pytest.mark.slow),
+    ],
+)
+def test_models_with_a_label_are_used_like_others(
+    pv: Callable[..., Ran], model: str, pictures: None
+) -> None:
+    few = () if model == "conditional" else ("--labels", 6)
+    code, out, err = pv(*LABELLED, "--model", model, *few, "--out", "run")
+    assert code == 0, err
+    vae = pyrovae.load("run")
+    assert vae.num_classes == 3
+    assert {"samples.png", "analogies.png"} < {p.name for p in Path("run/figures").iterdir()}
+    found = json.loads(Path("run/log_px.json").read_text())
+    assert found["num_data"] == 4
+    assert Path("run/latents.json").exists()
+    assert ("Classes: " in out) == (model != "conditional")
+    np.savez("new.npz", x=np.zeros((5, 6, 7), np.uint8), y=np.arange(5) % 3)
+    for words in (
+        ("log-px", "run", "--num-particles", 4),
+        ("log-px", "run", "--data", "new.npz", "--num-particles", 4),
+        ("log-px", "run", "--method", "annealed", "--method.num-distributions", 3),
+        ("gaps", "run", "--num-data", 2, "--steps", 2, "--method", "importance"),
+        ("encode", "run", "--data", "new.npz", "--out", "z.npz"),
+        ("sample", "run", "--num-samples", 7),
+        ("plot", "run"),
+    ):
+        code, _, err = pv(*words)
+        assert code == 0, (words, err)
+    with np.load("z.npz") as codes:
+        assert codes["loc"].shape == (5, 2)
+    with np.load("run/samples.npz") as drawn:
+        assert drawn["x"].shape == (7, 1, 6, 7)
+        assert drawn["y"].tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert pv("train", "--resume", "run")[0] == 0
+
+
+def test_classes_are_written_and_judged(pv: Callable[..., Ran]) -> None:
+    settings = ("--model", "semi-supervised", "--labels", 6, "--objective.alpha", 2)
+    assert pv(*LABELLED, *settings, "--out", "run")[0] == 0
+    config = json.loads(Path("run/config.json").read_text())["settings"]
+    assert config["objective"]["class_path"] == "pyrovae.objectives.SemiSupervised"
+    assert config["objective"]["init_args"]["alpha"] == 2
+    judged = json.loads(Path("run/classes.json").read_text())
+    rows = Path("run/classes.csv").read_text().splitlines()
+    assert rows[0] == "index,predicted,label,p0,p1,p2"
+    table = np.genfromtxt(rows[1:], delimiter=",")
+    assert len(table) == judged["num_data"] == 4
+    np.testing.assert_allclose(table[:, 3:].sum(1), 1, atol=1e-5)
+    assert (table[:, 1] == table[:, 3:].argmax(1)).all()
+    assert judged["error"] == pytest.approx((table[:, 1] != table[:, 2]).mean())
+    np.save("new.npy", np.zeros((5, 6, 7), np.uint8))
+    code, out, _ = pv("classify", "run", "--data", "new.npy")
+    assert code == 0
+    assert "Classes" not in out
+    assert Path("run/classes-new.csv").read_text().startswith("index,predicted,p0,p1,p2\n0,")
+    assert not Path("run/classes-new.json").exists()
+
+
+def test_other_seeds_draw_other_labels(pv: Callable[..., Ran]) -> None:
+    dataset = load_data(Settings(data="labelled.npz"))
+    few = [
+        _build.arranged(
+            Settings(data="labelled.npz", model="semi-supervised", labels=6, seed=seed), dataset
+        ).train.y
+        for seed in (0, 0, 1)
+    ]
+    assert torch.equal(few[0], few[1])
+    assert not torch.equal(few[0], few[2])
+    assert all(int((y >= 0).sum()) == 6 for y in few)
+
+
+def test_a_prior_given_the_label_and_channels_of_labels(pv: Callable[..., Ran]) -> None:
+    words = ("--model", "conditional", "--conditional-prior", "--guide.net", "Conv")
+    assert pv(*LABELLED, *words, "--out", "run")[0] == 0
+    vae = pyrovae.load("run")
+    assert isinstance(vae.prior, pyrovae.guides.Normal)
+    assert vae.encoder.shape == (1 + 3, 6, 7)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--data labelled.npz --model semi", "--model must be one of vae, conditional, semi-super"),
+        ("--data real.npy --model conditional", "--model conditional needs labels, and real.npy"),
+        ("--data labelled.npz --labels 6", "--labels is for models that learn them"),
+        ("--data labelled.npz --model auxiliary --labels 2", "--labels: .* from 3, one for each"),
+        ("--data labelled.npz --model semi-supervised --labels 900", "--labels: .* got 900"),
+        ("--data labelled.npz --model semi-supervised --labels few", "must be a whole number"),
+        ("--data labelled.npz --model conditional --latent-dim 3,2", "has one layer"),
+        ("--data labelled.npz --conditional-prior", "--conditional-prior is for models with"),
+        (
+            "--data labelled.npz --model semi-supervised --labels 6 --objective ELBO",
+            "ELBO takes data that all have labels, or none",
+        ),
+        (
+            "--data labelled.npz --model semi-supervised --labels 6 --objective.alpha -1",
+            "--objective: alpha must be a number from 0 on",
+        ),
+    ],
+)
+def test_labels_that_cannot_be(pv: Callable[..., Ran], words: str, message: str) -> None:
+    _refused(pv("train", *FAST, *words.split()), message)
+    assert not Path("runs").exists()
+
+
+def test_what_has_no_classes_is_not_classified(pv: Callable[..., Ran]) -> None:
+    assert pv(*LABELLED, "--out", "run")[0] == 0
+    _refused(pv("classify", "run"), "run holds a VAE, which learns no label")
+    assert pv(*LABELLED, "--model", "conditional", "--out", "given")[0] == 0
+    np.save("new.npy", np.zeros((5, 6, 7), np.uint8))
+    _refused(pv("log-px", "given", "--data", "new.npy"), "new.npy has no labels")
+    assert pv(*LABELLED, "--model", "semi-supervised", "--out", "all")[0] == 0
+    _refused(pv("classify", "all", "--out", "classes.txt"), "--out must be a .csv file")
+
+
 # What bad input gets ------------------------------------------------------------------------------
 
 
