@@ -1,0 +1,194 @@
+r"""Is a linear autoencoder PCA, and a linear VAE probabilistic PCA?
+
+Question: does a linear autoencoder trained by squared error span the principal subspace? Does a
+          VAE with a linear decoder and one learned noise scale come to the likelihood of
+          probabilistic PCA, to its noise variance, and to its principal axes?
+Command:  python experiments/pca.py [--data mnist --data-root DATA]
+Hardware: two cores, no GPU; about one minute.
+Expected: all principal angles below 1 degree, and a squared error that is the sum of the discarded
+          eigenvalues (Baldi & Hornik, 1989). Test log p(x) within 0.02 nats of probabilistic PCA's
+          at its maximum likelihood, and a noise variance within 0.5 % of the mean of the discarded
+          eigenvalues (Tipping & Bishop, 1999): the ELBO adds no bad optima where the guide can be
+          the posterior (Lucas et al., 2019, arXiv:1911.02469). A diagonal guide can be that at the
+          principal axes alone, so it turns to them, soonest where eigenvalues are far apart, and a
+          full covariance need not (Rolinek et al., 2019, arXiv:1812.06775).
+
+Grey pixels scaled to [0, 1], without noise added, as real values; ten latents. Maximum likelihood
+and its log p(x) come from an eigendecomposition, the VAE's log p(x) from `evidence.exact`. Writes
+experiments/results/pca.json and .png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+import _results
+import matplotlib.pyplot as plt
+import torch
+from sklearn.decomposition import PCA
+from torch import Tensor
+from torch.distributions import MultivariateNormal
+
+import pyrovae
+from pyrovae import evidence, guides, likelihoods, nets, priors
+from pyrovae.objectives import ELBO
+from pyrovae.plotting.images import grey_limits, show_grid
+from pyrovae.runs import made_by, write_json
+
+LATENTS, BATCH, STEPS, RATE = 10, 1200, 8000, 2e-2
+LINEAR = nets.MLP(hidden=())
+NEAR = 15.0
+"""Degrees within which a column of the decoder counts as a principal axis."""
+
+
+def train(guide: str, x: Tensor, steps: int) -> pyrovae.VAE:
+    """A linear VAE with this guide; with a point for a guide, a linear autoencoder."""
+    torch.manual_seed(0)
+    shape, point = tuple(x.shape[1:]), guide == "Delta"
+    vae = pyrovae.VAE(
+        priors.StandardNormal(LATENTS),
+        likelihoods.Normal(shape, LATENTS, net=LINEAR, scale=0.1 if point else "learned"),
+        getattr(guides, guide)(shape, LATENTS, net=LINEAR),
+    )
+    objective = ELBO(beta=0) if point else ELBO(analytic_kl=True)
+    size = min(BATCH, len(x))
+    pyrovae.fit(
+        vae, x, objective=objective, epochs=max(1, steps * size // len(x)), batch_size=size,
+        lr=RATE, progress=False,
+    )  # fmt: skip
+    return vae
+
+
+def ppca(x: Tensor) -> tuple[MultivariateNormal, Tensor, Tensor]:
+    """Probabilistic PCA at its maximum likelihood, the eigenvalues of the data, and the axes."""
+    rows = x.flatten(1).double()
+    eigenvalues, vectors = torch.linalg.eigh(torch.cov(rows.T, correction=0))
+    eigenvalues, vectors = eigenvalues.flip(0).clamp(min=0), vectors.flip(1)
+    noise = eigenvalues[LATENTS:].mean()
+    kept = vectors[:, :LATENTS]
+    cov = (kept * (eigenvalues[:LATENTS] - noise)) @ kept.T + noise * torch.eye(len(vectors))
+    return MultivariateNormal(rows.mean(0), cov), eigenvalues, kept
+
+
+def columns(vae: pyrovae.VAE) -> Tensor:
+    """The decoder's matrix W, shape `(entries, latents)`."""
+    return vae.likelihood.net.head.weight.detach().double()
+
+
+def angles(a: Tensor, b: Tensor) -> Tensor:
+    """Principal angles between the spans of two matrices' columns, degrees, largest first."""
+    a, b = torch.linalg.qr(a)[0], torch.linalg.qr(b)[0]
+    return torch.linalg.svdvals(a - b @ (b.T @ a)).clamp(max=1).asin().rad2deg()
+
+
+def judged(vae: pyrovae.VAE, train: Tensor, test: Tensor, axes: Tensor) -> dict[str, Any]:
+    """What the VAE found: log p(x), ELBO, noise, subspace, axes, spectrum."""
+    w, noise = columns(vae), vae.likelihood.scale.item() ** 2
+    cosines = (w / w.norm(dim=0)).T @ axes
+    exact = evidence.exact(vae.model, vae.guide, test)
+    bound = pyrovae.elbo(vae.model, vae.guide, test, num_particles=1000, seed=0)
+    return {
+        "test_log_px": exact.mean,
+        "train_log_px": evidence.exact(vae.model, vae.guide, train[:1000]).mean,
+        "test_elbo": float(bound.mean()),
+        "noise_variance": noise,
+        "largest_angle": float(angles(w, axes)[0]),
+        "axes_found": int((cosines.abs().amax(0).clamp(max=1).acos().rad2deg() < NEAR).sum()),
+        "spectrum": (torch.linalg.svdvals(w).square() + noise).tolist(),
+    }
+
+
+def figure(found: dict[str, Any], images: dict[str, Tensor]) -> plt.Figure:
+    """The spectra, and reconstructions of a few test images."""
+    drawn, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")
+    shown = [v for v in found["eigenvalues"][:30] if v > 1e-4]
+    left.plot(range(1, len(shown) + 1), shown, "ko", ms=3.5, label="eigenvalues of the data")
+    rest = [found["vae"]["FullRankNormal"]["noise_variance"]] * (len(shown) - LATENTS)
+    for colour, marker, (name, row) in zip(
+        ("C0", "C1"), ("s", "x"), found["vae"].items(), strict=True
+    ):
+        left.plot(
+            range(1, len(shown) + 1), row["spectrum"] + rest, f"{marker}-", color=colour, ms=8,
+            lw=0.8, mfc="none", label=f"linear VAE, {name} guide",
+        )  # fmt: skip
+    left.set(yscale="log", xlabel="number of the eigenvalue", ylabel="variance")
+    left.set_title("Covariance of the data and of the model")
+    left.legend(fontsize=8, frameon=False)
+    grid = torch.stack(list(images.values()))
+    _, down = show_grid(right, grid, grey_limits(images["data"]), "Reconstructions of test images")
+    right.set_yticks(down, list(images))
+    return drawn
+
+
+def main() -> None:
+    """Train an autoencoder and two VAEs, compare with the closed forms, draw."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default="digits")
+    parser.add_argument("--data-root", help="folder with the data sets' files")
+    _results.add_flags(parser)
+    asked = parser.parse_args()
+    file = _results.folder(asked) / "pca.json"
+    steps, start = 50 if asked.smoke else STEPS, time.perf_counter()
+    data = pyrovae.data.load(asked.data, asked.data_root, binarize="none", dequantize=False)
+    x, test = data.train[:], data.test[:]
+
+    best, eigenvalues, axes = ppca(x)
+    sklearn = PCA(LATENTS).fit(x.flatten(1).double().numpy())
+    components = torch.from_numpy(sklearn.components_.T)
+    autoencoder = train("Delta", x, steps)
+    vaes = {name: train(name, x, steps) for name in ("FullRankNormal", "Normal")}
+    error = (autoencoder.reconstruct(x) - x).double().square().flatten(1).sum(1).mean()
+    flat = test.flatten(1).double()
+    found: dict[str, Any] = {
+        "autoencoder": {
+            "angles": angles(columns(autoencoder), components).tolist(),
+            "squared_error": float(error),
+        },
+        "pca": {"squared_error": float(eigenvalues[LATENTS:].sum())},
+        "ppca": {
+            "test_log_px": float(best.log_prob(flat).mean()),
+            "train_log_px": float(best.log_prob(x[:1000].flatten(1).double()).mean()),
+            "noise_variance": float(eigenvalues[LATENTS:].mean()),
+        },
+        "vae": {name: judged(vae, x, test, axes) for name, vae in vaes.items()},
+        "eigenvalues": eigenvalues.tolist(),
+        "latent_dim": LATENTS, "steps": steps, "batch_size": min(BATCH, len(x)), "lr": RATE,
+        "seed": 0, "data": data.test.description, "seconds": time.perf_counter() - start,
+        "made_by": made_by(),
+    }  # fmt: skip
+    write_json(file, found)
+    few = test[:8]
+    again = sklearn.inverse_transform(sklearn.transform(few.flatten(1).double().numpy()))
+    images = {
+        "data": few,
+        "PCA": torch.from_numpy(again).reshape(few.shape),
+        "linear\nautoencoder": autoencoder.reconstruct(few),
+        "linear\nVAE": vaes["Normal"].reconstruct(few),
+    }
+    figure(found, images).savefig(file.with_suffix(".png"), dpi=150)
+    report(found)
+
+
+def report(found: dict[str, Any]) -> None:
+    """Each number beside the one expected."""
+    plain, ml = found["autoencoder"], found["ppca"]
+    print(f"linear autoencoder, largest principal angle: {plain['angles'][0]:.4f} degrees (0)")
+    print(
+        f"its squared error per image: {plain['squared_error']:.5f}"
+        f" (discarded eigenvalues: {found['pca']['squared_error']:.5f})"
+    )
+    print("\n| | test log p(x) | ELBO | noise variance | largest angle | axes found |")
+    print("|---|---|---|---|---|---|")
+    print(f"| pPCA | {ml['test_log_px']:.4f} | | {ml['noise_variance']:.6f} | | |")
+    for name, row in found["vae"].items():
+        print(
+            f"| VAE, {name} | {row['test_log_px']:.4f} | {row['test_elbo']:.4f} "
+            f"| {row['noise_variance']:.6f} | {row['largest_angle']:.2f} "
+            f"| {row['axes_found']} of {LATENTS} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
