@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,17 +85,19 @@ class Network(nn.Module):
         return self.head(hidden.to(x.dtype)).reshape(*lead, *self.out_shape) + self.bias
 
     def _side_by_side(self, parts: Sequence[Tensor]) -> Tensor:
-        _, *layers = self.body.children()  # the first flattens
-        first, others = (layers or [self.head])[0], layers[1:]
-        if not (layers and isinstance(first, nn.Linear)):
+        sizes = [part.shape[-1] for part in parts]
+        layers = list(self.body) if isinstance(self.body, nn.Sequential) else []
+        linear = [type(layer) for layer in layers[:2]] == [nn.Flatten, nn.Linear]
+        if not linear or self.in_shape != (sum(sizes),):
             return self(join(*parts))
-        weights = first.weight.split([part.shape[-1] for part in parts], 1)
+        first: Any = layers[1]
+        weights = first.weight.split(sizes, 1)
         with autocast.get()():
             each = [F.linear(part, w) for part, w in zip(parts, weights, strict=True)]
             hidden = sum(each[1:], each[0])
             hidden = hidden if first.bias is None else hidden + first.bias
-            rows = hidden.flatten(0, -2)
-            for layer in others:
+            rows = hidden.reshape(-1, hidden.shape[-1])
+            for layer in layers[2:]:
                 rows = layer(rows)
         out = self.head(rows.to(parts[0].dtype))
         return out.reshape(*hidden.shape[:-1], *self.out_shape) + self.bias
