@@ -33,7 +33,7 @@ class PartlyLabelled(Split):
     @property
     def parts(self) -> tuple[Split, ...]:
         """The data with labels, as `(x, y)`, and those without, as `x`."""
-        known, plain = self.known, Split(**{f.name: getattr(self, f.name) for f in fields(self)})
+        known, plain = self.known, _as(Split, self)
         others = plain.subset((~known).nonzero().flatten())
         assert isinstance(others.data, tuple)
         assert isinstance(others.transform, Labelled)
@@ -45,15 +45,16 @@ class PartlyLabelled(Split):
         )
 
     def order(self, batch_size: int) -> Order:
-        """Batches with a quarter of labelled data, or their share of all if that is more."""
+        """Batches with a quarter of labelled data, or their share of all if that is more.
+
+        A batch has at least one datum with a label and one without.
+        """
         known = self.known.cpu()
-        size = min(batch_size, len(self))
-        given = round(size * max(SHARE, float(known.float().mean())))
+        labelled, others = known.nonzero().flatten(), (~known).nonzero().flatten()
+        size = max(min(batch_size, len(self)), 2)
+        given = round(size * max(SHARE, len(labelled) / len(self)))
         given = min(max(given, 1), size - 1)
-        others = (~known).nonzero().flatten()
-        if len(others) < size - given:
-            given, size = given, given + len(others)
-        return Order(others, size, known.nonzero().flatten(), given)
+        return Order(others, given + min(size - given, len(others)), labelled, given)
 
 
 def hide_labels(split: Split, num_labels: int, seed: int = 0) -> Split:
@@ -104,15 +105,17 @@ def known_or_not(split: Split) -> Split:
         ValueError: If none is given, or one is below -1.
     """
     data = split.data
-    if isinstance(split, PartlyLabelled) or not (isinstance(data, tuple) and len(data) == 2):
+    if not (isinstance(data, tuple) and len(data) == 2):
         return split
     y = data[1]
-    if y.dtype != torch.int64 or y.dim() != 1 or bool((y >= 0).all()):
+    if y.dtype != torch.int64 or y.dim() != 1:
         return split
     if bool((y < UNKNOWN).any()):
         raise ValueError(f"labels must be 0, 1, ..., or -1 where not given; got {int(y.min())}")
     if bool((y == UNKNOWN).all()):
         raise ValueError("no datum has a label: give some, or train a VAE, which needs none")
+    if isinstance(split, PartlyLabelled) == bool((y == UNKNOWN).any()):
+        return split
     return _partly(split, y, f"{int((y >= 0).sum()):,} with labels")
 
 
@@ -120,5 +123,9 @@ def _partly(split: Split, y: Tensor, treatment: str) -> Split:
     assert isinstance(split.data, tuple)
     assert isinstance(split.transform, Labelled)
     data: Data = (split.data[0], y)
-    same = {f.name: getattr(split, f.name) for f in fields(split)} | {"data": data, "y": y}
-    return PartlyLabelled(**same | {"treatment": f"{split.treatment}, {treatment}"})
+    kind = PartlyLabelled if bool((y == UNKNOWN).any()) else Split
+    return _as(kind, split, data=data, y=y, treatment=f"{split.treatment}, {treatment}")
+
+
+def _as(kind: type[Split], split: Split, **changed: Any) -> Split:
+    return kind(**{f.name: getattr(split, f.name) for f in fields(split)} | changed)

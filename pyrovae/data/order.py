@@ -13,7 +13,8 @@ class Order:
     """Batches for an epoch: each datum once, what does not fill a last batch waits for another.
 
     Where some data have labels, an epoch takes each of the others once, and beside them in every
-    batch as many labelled ones, over and over.
+    batch as many labelled ones, over and over. Where nearly all have, it is the others that come
+    over and over.
 
     Attributes:
         others: Rows of the data, or of those without labels, shape `(N,)`.
@@ -30,7 +31,8 @@ class Order:
     @property
     def steps(self) -> int:
         """Batches in an epoch."""
-        return len(self.others) // (self.batch_size - self.given)
+        steps = len(self.others) // (self.batch_size - self.given)
+        return steps if self.labelled is None else max(steps, len(self.labelled) // self.batch_size)
 
     @property
     def share(self) -> float:
@@ -40,15 +42,15 @@ class Order:
 
     def epoch(self) -> Tensor:
         """A new order, by torch's random state: rows, shape `(steps, batch_size)`."""
-        others = _shuffled(self.others)[: self.steps * (self.batch_size - self.given)]
+        others = _shuffled(self.others, self.steps * (self.batch_size - self.given))
         batches = others.reshape(self.steps, -1)
         if self.labelled is None:
             return batches
-        needed = self.steps * self.given
-        rounds = -(-needed // len(self.labelled))
-        labelled = torch.cat([_shuffled(self.labelled) for _ in range(rounds)])[:needed]
+        labelled = _shuffled(self.labelled, self.steps * self.given)
         return torch.cat([labelled.reshape(self.steps, -1), batches], 1)
 
 
-def _shuffled(rows: Tensor) -> Tensor:
-    return rows[torch.randperm(len(rows))]
+def _shuffled(rows: Tensor, count: int) -> Tensor:
+    """So many of the rows in a new order, over and over if there are fewer."""
+    rounds = -(-count // len(rows))
+    return torch.cat([rows[torch.randperm(len(rows))] for _ in range(rounds)])[:count]
