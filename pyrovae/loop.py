@@ -90,6 +90,9 @@ class Loop:
         self.batch_size, self.steps = self.order.batch_size, self.order.steps
         self.share = slice(_processes.rank(), None, _processes.size())
         sizes = {"batch": self.batch_size} | ({} if valid is None else {"valid": len(valid)})
+        if self.order.labelled is not None:
+            sizes["labelled data of a batch"] = self.order.given
+            sizes["other data of a batch"] = self.batch_size - self.order.given
         for name, size in sizes.items():
             if size < _processes.size():
                 raise ValueError(f"{name}: {size} data for {_processes.size()} processes to share")
@@ -110,9 +113,6 @@ class Loop:
         self.kl_warmup = _kl_warmup(options, objective)
         long = self.steps * options.epochs >= COMPILE_STEPS
         self.compile = long if options.compile is None else options.compile
-        if isinstance(objective, Objective):
-            given = len(range(self.order.given)[self.share]) if self.order.given else None
-            objective.arrange(given, self.order.share)
         self.step: compiled.Step
         self.update: Callable[..., Tensor]
 
@@ -223,7 +223,7 @@ class Loop:
         step = compiled.with_gradients(loss, self.params, clip_norm)
         kept = partial(program.undisturbed, self.model, self.guide)
         with kept():
-            order = self.order.epoch().to(self.fabric.device)
+            order = torch.cat([self.order.epoch(), self.order.epoch()]).to(self.fabric.device)
         example = (self._kl_weight(0), *self._stored(order[0][self.share]))
         with self._running(), kept():
             where = f"the first step fails on a batch of {self.batch_size}"
@@ -260,13 +260,18 @@ class Loop:
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        """Training mode, and networks in the precision asked for."""
+        """Training mode, networks in the precision asked for, an objective that knows the order."""
         token = nets.autocast.set(self.fabric.autocast)
+        if self.order.labelled is not None:
+            given = len(range(self.order.given)[self.share])
+            self.objective.arrange(given, self.order.share)
         try:
             with program.in_mode(True, self.model, self.guide):
                 yield
         finally:
             nets.autocast.reset(token)
+            if self.order.labelled is not None:
+                self.objective.arrange(None, 0.0)
 
     def _epoch(self, bar: tqdm) -> Row:
         """One pass over the data, then validation: the row, added to the history."""

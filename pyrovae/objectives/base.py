@@ -71,7 +71,8 @@ class Objective(Configurable, pyro.infer.ELBO):
         """Take note of how `fit` arranges batches of data with labels for some.
 
         Args:
-            given: How many rows of a batch, the first, have labels; None if all have, or none.
+            given: How many rows of a batch, the first, have labels; None, as before and after, if
+                all have, or none.
             share: Of all data, those with labels.
         """
 
