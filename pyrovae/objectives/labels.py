@@ -97,6 +97,8 @@ class SemiSupervised(Objective):
         )
         log_qy = program.total(drawn.summed)
         log_w = densities.rest + weight * (densities.log_pz - densities.log_qz)
+        hidden = log_w.dim() - max(log_qy.dim(), 1)  # sites that the model alone sums out
+        log_w = log_w.flatten(0, hidden - 1).logsumexp(0) if hidden > 0 else log_w
         bound = (log_qy.exp() * (log_w - log_qy)).sum() / (self.num_particles * len(args[0]))
         return bound, {"elbo": densities.log_w().mean()}
 
