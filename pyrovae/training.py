@@ -21,7 +21,7 @@ from torch.distributions import constraints
 from pyrovae import program
 from pyrovae._random import key
 from pyrovae.checkpoint import Checkpoint
-from pyrovae.data import Split, as_split, known_or_not
+from pyrovae.data import PartlyLabelled, Split, as_split, known_or_not
 from pyrovae.loop import VALID_ROWS, Loop, NonFiniteLoss, OnEpoch, Row
 from pyrovae.objectives import DEFAULT, Objective
 from pyrovae.options import SCHEDULES, Options
@@ -125,9 +125,8 @@ def fit(
     fabric = options.fabric()
     for module in (vae, *program.modules(model, guide)):
         fabric.to_device(module)
-    train = known_or_not(as_split(train)).to(fabric.device)
+    train = check_labels(vae, as_split(train), objective).to(fabric.device)
     valid = None if valid is None else as_split(valid).to(fabric.device)
-    check_labels(vae, train, objective)
     with program.undisturbed(model, guide, buffers=False), _frozen_unremarked():
         torch.manual_seed(key(seed, 0))  # for parameters that Pyro functions make as they run
         for split in (train, valid):
@@ -171,7 +170,7 @@ def check_data(
     """
     if split is None:
         return
-    if len(split.parts) > 1:
+    if isinstance(split, PartlyLabelled):
         for part in split.parts:
             check_data(model, guide, part, objective)
         return
@@ -194,19 +193,23 @@ def check_data(
     program.check(model, guide, program.as_args(split[slice(0, 7)]), **needs)
 
 
-def check_labels(vae: nn.Module, train: Split, objective: pyro.infer.ELBO) -> None:
-    """Refuse labels that the module cannot learn from, or the objective cannot do with.
+def check_labels(vae: nn.Module, train: Split, objective: pyro.infer.ELBO) -> Split:
+    """Data whose labels module and objective can do with, where they know any: -1 is none.
 
     Raises:
         ValueError: With the reason.
     """
-    if len(train.parts) > 1 and not getattr(objective, "labels", False):
+    check, partly = getattr(vae, "check_labels", None), getattr(objective, "labels", False)
+    if check or partly:
+        train = known_or_not(train)
+    if isinstance(train, PartlyLabelled) and not partly:
         raise ValueError(
             f"{type(objective).__name__} takes data that all have labels, or none: with labels "
             "for some take objectives.SemiSupervised"
         )
-    if check := getattr(vae, "check_labels", None):
+    if check:
         check(train.data[1] if isinstance(train.data, tuple) else None)
+    return train
 
 
 def _check_support(name: str, support: constraints.Constraint, x: Tensor) -> None:
