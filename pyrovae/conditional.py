@@ -166,10 +166,10 @@ class ConditionalVAE(Base):
             raise ValueError(
                 f"{type(self).__name__} takes data with labels: give (x, y), or split.with_labels()"
             )
+        shape = "batch," if self.num_classes else f"batch, {self.label_dim}"
+        if y.dim() != (1 if self.num_classes else 2):
+            raise ValueError(f"y must have shape ({shape}), got {tuple(y.shape)}")
         self._check_values(y)
-        expected = (len(y),) if self.num_classes else (len(y), self.label_dim)
-        if y.shape != expected:
-            raise ValueError(f"y must have shape {expected}, got {tuple(y.shape)}")
 
     def encode(self, x: Tensor, y: Tensor) -> Tensor:
         """Mean of q(z|x, y), shape `(batch, latent_dim)`."""
@@ -225,6 +225,10 @@ class ConditionalVAE(Base):
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
         with self._evaluation():
             label = self.numbers(torch.as_tensor(y, device=self._device))
+            if label.dim() > 1 and len(label) != num_samples:
+                raise ValueError(
+                    f"y must be one label or {num_samples}, one for each sample, got {len(label)}"
+                )
             label = label.expand(num_samples, -1)
             prior = self.latent(label)
             z = prior.sample() if prior.batch_shape else prior.sample((num_samples,))
@@ -255,14 +259,13 @@ class ConditionalVAE(Base):
         if self.num_classes is None:
             if not y.is_floating_point() or y.shape[-1:] != (self.label_dim,):
                 raise ValueError(
-                    f"y must be real numbers of shape (batch, {self.label_dim}), got {y.dtype} of "
-                    f"shape {tuple(y.shape)}"
+                    f"y must be real numbers of shape (batch, {self.label_dim}), got "
+                    f"{tuple(y.shape)} of {y.dtype}"
                 )
             return
-        if y.is_floating_point() or y.dtype == torch.bool:
+        if y.dtype != torch.int64:
             raise ValueError(
-                f"y must be classes as whole numbers, of shape (batch,), got {y.dtype} of shape "
-                f"{tuple(y.shape)}"
+                f"y must be classes as int64, of shape (batch,), got {tuple(y.shape)} of {y.dtype}"
             )
         low, high = int(y.min()), int(y.max())
         if low < 0 or high >= self.num_classes:

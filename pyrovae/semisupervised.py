@@ -107,7 +107,7 @@ class SemiSupervisedVAE(ConditionalVAE):
         class_probs: Sequence[float] | None = None,
         missing: bool = False,
     ):
-        num_classes = getattr(classifier, "num_classes", None)
+        num_classes = _classes_of(classifier)
         self._take(
             prior, likelihood, guide, num_classes, None, missing, classifier=classifier
         )  # fmt: skip
@@ -179,7 +179,7 @@ class SemiSupervisedVAE(ConditionalVAE):
                 "SemiSupervisedVAE learns classes from labels: give (x, y) with -1 where there is "
                 "none, or data.hide_labels(split, num_labels)"
             )
-        known = y[y != -1]
+        known = y[y != -1] if y.dim() == 1 else y
         super().check_labels(known)
         if missed := sorted(set(range(self.num_classes)) - set(known.tolist())):
             raise ValueError(f"class {missed[0]} has no label: give at least one of each class")
@@ -257,7 +257,7 @@ class AuxiliaryVAE(SemiSupervisedVAE):
         skip: bool = True,
         missing: bool = False,
     ):
-        num_classes = getattr(classifier, "num_classes", None)
+        num_classes = _classes_of(classifier)
         self._take(
             prior, likelihood, guide, num_classes, None, missing, classifier=classifier,
             auxiliary_prior=auxiliary_prior, auxiliary_guide=auxiliary_guide,
@@ -341,3 +341,10 @@ class AuxiliaryVAE(SemiSupervisedVAE):
                 f"auxiliary_guide reads x of shape {self.shape}, got one of "
                 f"{self.auxiliary_guide.shape}"
             )
+
+
+def _classes_of(classifier: Classifier) -> int:
+    """How many classes it tells."""
+    if not (hasattr(classifier, "num_classes") and hasattr(classifier, "shape")):
+        raise TypeError(f"classifier must be a pyrovae.Classifier, got {classifier!r}")
+    return classifier.num_classes

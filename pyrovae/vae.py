@@ -236,7 +236,8 @@ def check_modules(**parts: object) -> None:
     """
     for role, part in parts.items():
         if not isinstance(part, nn.Module):
-            raise TypeError(f"{role} must be a module of pyrovae.{role}s, got {part!r}")
+            where = f" of pyrovae.{role}s" if role in ("prior", "likelihood", "guide") else ""
+            raise TypeError(f"{role} must be a module{where}, got {part!r}")
 
 
 def leave_out_missing(
