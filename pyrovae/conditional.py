@@ -279,12 +279,12 @@ class ConditionalVAE(Base):
         dim, numbers = self.encoder.latent_dim, self.label_dim
         self._check_reads("guide", self.encoder.shape, {"y": numbers})
         check_size("likelihood", self.likelihood.latent_dim, {"z": dim, "y": numbers})
+        if not isinstance(self.prior, Prior):
+            check_conditional("prior", self.prior, {"y": numbers})
         if self.prior.latent_dim != dim:
             raise ValueError(
                 f"the parts disagree on latent_dim: prior {self.prior.latent_dim}, guide {dim}"
             )
-        if not isinstance(self.prior, Prior):
-            check_conditional("prior", self.prior, {"y": numbers})
 
     def _check_reads(self, name: str, found: tuple[int, ...], more: dict[str, int]) -> None:
         """Refuse a part that does not read the data and these numbers beside them."""

@@ -327,6 +327,8 @@ class AuxiliaryVAE(SemiSupervisedVAE):
         check_size("guide", math.prod(self.encoder.shape), data | a | y)
         check_size("classifier", math.prod(self.classifier.shape), data | a)
         check_size("likelihood", self.likelihood.latent_dim, a | (z | y if self.skip else {}))
+        if not isinstance(self.prior, Prior):
+            check_conditional("prior", self.prior, y)
         check_size("prior", self.prior.latent_dim, z)
         check_size("auxiliary_prior", self.auxiliary_prior.latent_dim, z | y)
         if self.auxiliary_prior.shape != self.auxiliary_guide.event_shape:
@@ -334,8 +336,6 @@ class AuxiliaryVAE(SemiSupervisedVAE):
                 f"auxiliary_prior must be of vectors of shape {self.auxiliary_guide.event_shape}, "
                 f"as auxiliary_guide is, got {self.auxiliary_prior.shape}"
             )
-        if not isinstance(self.prior, Prior):
-            check_conditional("prior", self.prior, y)
         if self.auxiliary_guide.shape != self.shape:
             raise ValueError(
                 f"auxiliary_guide reads x of shape {self.shape}, got one of "
