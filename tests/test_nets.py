@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from pyrovae import nets
+from pyrovae import guides, likelihoods, nets
 from pyrovae._config import from_config, to_config
+from pyrovae.conditional import of
 
 IMAGES = [(1, 1, 1), (1, 5, 7), (1, 8, 8), (2, 9, 4), (1, 28, 20), (1, 28, 28), (3, 32, 32)]
 NETS: dict[str, Callable[..., nets.Net]] = {
@@ -158,3 +159,104 @@ def test_a_recipe_is_rebuilt_and_makes_new_weights(name: str) -> None:
 def test_a_recipe_says_nothing_by_itself() -> None:
     with pytest.raises(NotImplementedError):
         nets.Net()((1,), (1,))
+
+
+# Vectors side by side -----------------------------------------------------------------------------
+
+
+class Own(nets.Net):
+    """A network that is not one of ours."""
+
+    def __call__(self, in_shape: Any, out_shape: Any) -> nn.Module:
+        return nn.Linear(in_shape[0], out_shape[0])
+
+
+BODIES: dict[str, Callable[[], nn.Module]] = {
+    "two layers": lambda: nets.MLP((6, 5))((7,), (2, 3)),
+    "one layer": lambda: nets.MLP((6,))((7,), (2, 3)),
+    "none": lambda: nets.MLP(())((7,), (2, 3)),
+    "batch norm": lambda: nets.MLP((6, 5), batch_norm=True)((7,), (2, 3)),
+    "to an image": lambda: nets.Conv((4, 3), hidden=6)((7,), (1, 8, 8)),
+    "unflattened": lambda: nets.Network(
+        (7,), (2, 3), nn.Sequential(nn.Linear(7, 7), nn.Linear(7, 5)), nn.Linear(5, 6, bias=False)
+    ),
+    "no layers": lambda: nets.Network((7,), (2, 3), nn.Linear(7, 5), nn.Linear(5, 6, bias=False)),
+}
+LEADS: list[list[tuple[int, ...]]] = [
+    [(5,), (5,)],
+    [(5,), ()],
+    [(4, 5), (5,)],
+    [(5,), (4, 1)],
+    [(3, 1, 5), (4, 1)],
+    [(2, 5), (5,), (2, 1)],
+]
+
+
+@pytest.mark.parametrize("lead", [*LEADS, [(), ()]], ids=str)
+@pytest.mark.parametrize("name", BODIES)
+def test_vectors_side_by_side_are_one_vector(name: str, lead: list[tuple[int, ...]]) -> None:
+    net = BODIES[name]().double()
+    if lead == [(), ()] and name == "batch norm":
+        net.eval()
+    for param in net.parameters():
+        param.data.add_(0.3 * torch.randn_like(param))
+    sizes = (4, 3) if len(lead) == 2 else (1, 4, 2)
+    parts = [
+        torch.randn(*front, size, dtype=torch.float64)
+        for front, size in zip(lead, sizes, strict=True)
+    ]
+    joined = nets.join(*parts)
+    assert joined.shape[:-1] == torch.broadcast_shapes(*lead)
+    first = slice(None, sizes[0])
+    torch.testing.assert_close(joined[..., first], parts[0].expand_as(joined[..., first]))
+    torch.testing.assert_close(net(*parts), net(joined))
+
+
+def test_rows_beside_every_class_go_through_the_first_layer_once() -> None:
+    seen = []
+    net = nets.MLP((6,))((7,), (2,))
+    net.body[1].register_forward_hook(lambda *_: pytest.fail("the layer ran on joined rows"))
+    net.body[2].register_forward_hook(lambda *args: seen.append(args[2].shape))
+    assert net(torch.randn(5, 4), torch.randn(3, 1, 3)).shape == (3, 5, 2)
+    assert seen == [(15, 6)]
+
+
+def test_gradients_reach_every_part() -> None:
+    net, x, y = nets.MLP((6,))((7,), (2,)).double(), torch.randn(5, 4), torch.randn(3, 1, 3)
+    inputs = [x.double().requires_grad_(), y.double().requires_grad_(), *net.parameters()]
+    found = torch.autograd.grad(net(*inputs[:2]).square().sum(), inputs)
+    expected = torch.autograd.grad(net(nets.join(*inputs[:2])).square().sum(), inputs)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("kind", [guides.Normal, guides.IAF, likelihoods.Bernoulli])
+@pytest.mark.parametrize("own", [False, True])
+def test_parts_take_vectors_side_by_side(kind: Any, own: bool) -> None:
+    if own and kind is guides.IAF:
+        pytest.skip("its context is asked of the same network")
+    part = kind((7,), 3, Own() if own else nets.MLP((6,)))
+    if kind is likelihoods.Bernoulli:
+        part = kind((2,), 7, Own() if own else nets.MLP((6,)))
+    x, y = torch.randn(5, 4), torch.randn(4, 1, 3)
+    px, expected = of(part, x, y), part(nets.join(x, y))
+    assert px.batch_shape == expected.batch_shape == (4, 5)
+    torch.testing.assert_close(px.mean, expected.mean)
+
+
+def test_vectors_of_a_wrong_length_are_refused() -> None:
+    net = nets.MLP((6,))((7,), (2,))
+    with pytest.raises(ValueError, match=r"takes tensors of shape \(\.\.\., 7\), got \(5, 8\)"):
+        net(torch.zeros(5, 4), torch.zeros(5, 4))
+
+
+def test_side_by_side_runs_in_the_precision_asked_for() -> None:
+    net, x, y = nets.MLP((6, 5))((7,), (2,)), torch.randn(5, 4), torch.randn(3, 1, 3)
+    exact = net(x, y)
+    token = nets.autocast.set(lambda: torch.autocast("cpu", torch.bfloat16))
+    try:
+        rounded = net(x, y)
+    finally:
+        nets.autocast.reset(token)
+    assert rounded.dtype == torch.float32
+    assert not torch.equal(rounded, exact)
+    torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.05)
