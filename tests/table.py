@@ -83,6 +83,7 @@ OBJECTIVES: dict[str, Callable[[], objectives.Objective]] = {
     "ScoreFunction, plain": lambda: objectives.ScoreFunction(num_particles=1, baseline="none"),
     "MMD": lambda: objectives.MMD(),
     "Denoising": lambda: objectives.Denoising(),
+    "SemiSupervised": lambda: objectives.SemiSupervised(num_particles=2),
 }
 TABLE: dict[str, Callable[[], nn.Module]] = {
     f"{role} {name}": make
