@@ -12,6 +12,7 @@ from torch import nn
 
 import pyrovae
 from pyrovae import _processes
+from pyrovae.objectives import SemiSupervised
 
 SIZES = {"train": 23, "valid": 9, "batch": 7}
 """None is even: shares differ by one."""
@@ -65,6 +66,31 @@ class Linear(nn.Module):
                 self.drawn.append(z.detach())
 
 
+class Labelled(Linear):
+    """With a label that is summed out where it is not given; noise stands in x behind the data."""
+
+    def __init__(self):
+        super().__init__(fixed=True)
+        self.slope = nn.Parameter(torch.randn(3, 2))
+
+    def model(self, x, y=None):
+        x = x[:, :3]
+        with pyro.plate("data", len(x)):
+            probs = torch.tensor([0.3, 0.7])
+            y = pyro.sample("y", dist.Categorical(probs), obs=y, infer={"enumerate": "parallel"})
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            loc = z @ self.w.T + self.shift + y[..., None]
+            pyro.sample("x", dist.Normal(loc, self.scale.exp()).to_event(1), obs=x)
+
+    def guide(self, x, y=None):
+        x, noise = x[:, :3], x[:, 3:]
+        with pyro.plate("data", len(x)):
+            if y is None:
+                q = dist.Categorical(logits=x @ self.slope)
+                pyro.sample("y", q, infer={"enumerate": "parallel"})
+            pyro.sample("z", FromRow(x @ self.w, noise))
+
+
 def data():
     """Training and validation data, each with a row of noise beside it."""
     noise = torch.Generator().manual_seed(3)
@@ -92,6 +118,7 @@ def compare(folder):
         for other in _processes.gather(program.state_dict())
         for name, t in program.state_dict().items()
     )
+    found["labels"] = few_labels()
     free = Linear(fixed=False)
     fit(free, compile=False)
     shares = _processes.gather(free.drawn[-1])
@@ -103,6 +130,25 @@ def compare(folder):
     assert len(set(_processes.gather(one_seed))) == 1
     if _processes.leads():
         torch.save(found, folder / f"found-{_processes.size()}.pt")
+
+
+def few_labels():
+    """Train on data of which a quarter have labels: shares are even, as means are of shares."""
+    (x, noise), _ = data()
+    y = torch.where(torch.arange(SIZES["train"]) < 6, torch.arange(SIZES["train"]) % 2, -1)
+    program, how = Labelled(), {"epochs": 3, "batch_size": 8, "lr": 0.05, "progress": False}
+    history = pyrovae.fit(
+        program,
+        (torch.cat([x, noise], 1), y),
+        objective=SemiSupervised(alpha=0.5),
+        accelerator="cpu",
+        **how,
+    )
+    terms = ("elbo", "labelled_elbo", "cross_entropy", "accuracy")
+    return {
+        "weights": program.state_dict(),
+        "elbos": [[row[term] for term in terms] for row in history],
+    }
 
 
 def die(folder):

@@ -91,6 +91,18 @@ def test_compiled_loss_gradients_and_batch_statistics_are_those_of_eager(steps, 
     assert kinds == {"num_batches_tracked", "running_mean", "running_var"}
 
 
+def test_a_graph_is_tried_on_another_batch_though_one_holds_all_data(monkeypatch):
+    seen = []
+    monkeypatch.setattr(compiled, "compile_function", lambda step, *batches: seen.extend(batches))
+    x = torch.arange(40.0).view(10, 4) / 40
+    prior, likelihood = priors.StandardNormal(2), likelihoods.Normal((4,), 2)
+    vae = VAE(prior, likelihood, guides.Normal((4,), 2))
+    pyrovae.fit(vae, x, epochs=1, progress=False, compile=True)
+    (_, first), (_, second) = seen[:2]
+    assert not torch.equal(first, second)
+    assert torch.equal(first.sort(0)[0], second.sort(0)[0])
+
+
 def test_the_graph_follows_parameters_as_they_change(steps):
     program, eager, fast, x8 = steps
     with torch.no_grad():

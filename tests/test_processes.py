@@ -40,10 +40,10 @@ def found(tmp_path_factory):
     return [torch.load(folder / f"found-{size}.pt") for size in (1, 2)]
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_two_processes_train_as_one_does(found, compiled):
-    """With noise of the data rows, uneven shares, clipping and validation data."""
-    alone, together = (result[compiled] for result in found)
+@pytest.mark.parametrize("how", [False, True, "labels"], ids=["eager", "compiled", "few labels"])
+def test_two_processes_train_as_one_does(found, how):
+    """With noise of the data rows, uneven shares, clipping and validation data; with few labels."""
+    alone, together = (result[how] for result in found)
     torch.testing.assert_close(together["elbos"], alone["elbos"])
     weights = [
         {n: t for n, t in one["weights"].items() if n != "mean"} for one in (alone, together)
