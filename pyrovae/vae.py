@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import pyro
 import pyro.distributions as dist
@@ -205,22 +205,71 @@ class VAE(Base):
         with self._evaluation():
             return self.prior().sample((num_samples,))
 
-    def interpolate(self, start: Tensor, end: Tensor, steps: int = 10) -> Tensor:
-        """Decode the straight path between two codes.
+    def interpolate(
+        self,
+        start: Tensor,
+        end: Tensor,
+        steps: int = 10,
+        path: Literal["straight", "spherical"] = "straight",
+    ) -> Tensor:
+        """Decode the path between the codes of two data.
 
         Args:
             start: Data, shape `(batch, *shape)`.
             end: Data, shape `(batch, *shape)`.
             steps: Points of the path, both ends included.
+            path: As in `interpolate_latent`.
 
         Returns:
             Means of p(x|z), shape `(steps, batch, *shape)`.
         """
+        codes = self.encode(start), self.encode(end)
+        return self.decode(self.interpolate_latent(*codes, steps, path))
+
+    @staticmethod
+    def interpolate_latent(
+        first: Tensor,
+        last: Tensor,
+        steps: int = 10,
+        path: Literal["straight", "spherical"] = "straight",
+    ) -> Tensor:
+        r"""Codes on the path from one to another.
+
+        A spherical path turns at constant speed by the angle :math:`\omega` between them,
+
+        .. math:: z_t = \frac{\sin((1 - t)\,\omega)}{\sin \omega} z_0
+            + \frac{\sin(t\,\omega)}{\sin \omega} z_1,
+
+        so its norm stays that of ends of equal norm, as draws of a standard normal in many
+        dimensions nearly are; a straight path passes closer to the origin than either of them.
+
+        Args:
+            first: Codes, shape `(*, latent_dim)`.
+            last: Codes, shape `(*, latent_dim)`.
+            steps: Points of the path, both ends included.
+            path: straight or spherical. Between codes in one direction, or in opposite ones, there
+                is no arc: their path is straight.
+
+        Returns:
+            Codes, shape `(steps, *, latent_dim)`.
+
+        References:
+            Sampling Generative Networks (White, 2016), arXiv:1609.04468
+        """
         if steps < 2:
             raise ValueError(f"steps must be at least 2 (both ends), got {steps}")
-        first, last = self.encode(start), self.encode(end)
-        weight = torch.linspace(0, 1, steps, dtype=first.dtype, device=first.device)
-        return self.decode(torch.lerp(first, last, weight[:, None, None]))
+        if path not in ("straight", "spherical"):
+            raise ValueError(f"path must be straight or spherical, got {path!r}")
+        t = torch.linspace(0, 1, steps, dtype=first.dtype, device=first.device)
+        t = t.view(-1, *[1] * first.dim())
+        straight = torch.lerp(first, last, t)
+        if path == "straight":
+            return straight
+        a, b = (nn.functional.normalize(code, dim=-1) for code in (first, last))
+        angle = 2 * torch.atan2((a - b).norm(dim=-1), (a + b).norm(dim=-1))[..., None]
+        sine = angle.sin()
+        arc = (((1 - t) * angle).sin() * first + (t * angle).sin() * last) / sine
+        return torch.where(sine > 1e-4, arc, straight)
 
 
 def new_name() -> str:

@@ -88,6 +88,41 @@ def test_interpolation_ends_at_the_reconstructions() -> None:
     torch.testing.assert_close(path[3], middle)
     with pytest.raises(ValueError, match="steps must be at least 2"):
         vae.interpolate(start, end, steps=1)
+    with pytest.raises(ValueError, match="path must be straight or spherical, got 'curved'"):
+        vae.interpolate(start, end, path="curved")  # type: ignore[arg-type]
+
+
+def test_a_spherical_path_decodes_its_codes() -> None:
+    vae, start, end = make(), data(), data()
+    codes = vae.interpolate_latent(vae.encode(start), vae.encode(end), 5, "spherical")
+    path = vae.interpolate(start, end, 5, path="spherical")
+    assert torch.equal(path, vae.decode(codes))
+    torch.testing.assert_close(path[0], vae.reconstruct(start))
+    torch.testing.assert_close(path[-1], vae.reconstruct(end))
+    assert not torch.allclose(path, vae.interpolate(start, end, 5))
+
+
+def test_a_spherical_path_turns_at_constant_speed() -> None:
+    first, last = torch.randn(2, 3, 7, 16, dtype=torch.float64)
+    first, last = (3 * code / code.norm(dim=-1, keepdim=True) for code in (first, last))
+    codes = VAE.interpolate_latent(first, last, 9, "spherical")
+    assert codes.shape == (9, 3, 7, 16)
+    torch.testing.assert_close(codes.norm(dim=-1), torch.full_like(codes[..., 0], 3.0))
+    stride = codes.diff(dim=0).norm(dim=-1)
+    torch.testing.assert_close(stride, stride[:1].expand_as(stride))
+    torch.testing.assert_close(
+        codes[4] * (first + last).norm(dim=-1, keepdim=True) / 3, first + last
+    )
+    torch.testing.assert_close(codes[[0, -1]], torch.stack([first, last]))
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0, -1.0])
+def test_without_an_arc_a_spherical_path_is_straight(scale: float) -> None:
+    first = torch.randn(5, 4)
+    straight, spherical = (
+        VAE.interpolate_latent(first, scale * first, 6, path) for path in ("straight", "spherical")
+    )
+    torch.testing.assert_close(spherical, straight)
 
 
 class Linear(nets.Net):
