@@ -44,12 +44,17 @@ LIKELIHOODS: dict[str, Callable[[], likelihoods.Likelihood]] = {
     "Normal, amortized": lambda: likelihoods.Normal(IMAGE, LATENTS, NET, scale="amortized"),
     "Normal, optimal": lambda: likelihoods.Normal(IMAGE, LATENTS, NET, scale="optimal"),
     "Poisson": lambda: likelihoods.Poisson(IMAGE, LATENTS, NET),
+    "RecurrentBernoulli": lambda: likelihoods.RecurrentBernoulli(IMAGE, LATENTS, NET, hidden=5),
+    "RecurrentNormal": lambda: likelihoods.RecurrentNormal(IMAGE, LATENTS, NET, hidden=5),
     "StudentT": lambda: likelihoods.StudentT(IMAGE, LATENTS, NET),
     "StudentT, fixed": lambda: likelihoods.StudentT(IMAGE, LATENTS, NET, df=4.0),
     "ZeroInflatedNegativeBinomial": lambda: likelihoods.ZeroInflatedNegativeBinomial(
         IMAGE, LATENTS, NET
     ),
 }
+SEQUENCES = ("RecurrentBernoulli", "RecurrentNormal")
+"""Likelihoods whose entries depend on each other given z."""
+INDEPENDENT = [name for name in LIKELIHOODS if name not in SEQUENCES]
 GUIDES: dict[str, Callable[[], guides.Guide]] = {
     "Normal": lambda: guides.Normal(IMAGE, LATENTS, NET),
     "LowRankNormal": lambda: guides.LowRankNormal(IMAGE, LATENTS, NET, rank=1),

@@ -13,7 +13,7 @@ from typing import Any
 import pyro.distributions as dist
 import pytest
 import torch
-from table import LATENTS, LIKELIHOODS, NET
+from table import INDEPENDENT, LATENTS, LIKELIHOODS, NET, SEQUENCES
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -215,6 +215,106 @@ def test_channels_that_lead_each_other_refuse_missing_entries() -> None:
     vae = vae_of(small(likelihoods.DiscretizedLogisticMixture, COLOUR), missing=True)
     with pytest.raises(ValueError, match="need a likelihood whose entries are independent given z"):
         pyrovae.elbo(vae.model, vae.guide, torch.zeros(7, *COLOUR))
+
+
+# Sequences ----------------------------------------------------------------------------------------
+
+SEQUENCE_SHAPES = [(6,), (3, 2), (2, 3, 1)]
+
+
+def every_binary(shape: tuple[int, ...]) -> Tensor:
+    """All binary data of this shape, shape `(2^D, *shape)`."""
+    return torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * math.prod(shape)).view(-1, *shape)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", SEQUENCE_SHAPES, ids=str)
+def test_binary_sequences_sum_to_one_and_are_drawn_as_scored(shape: tuple[int, ...]) -> None:
+    px = small(likelihoods.RecurrentBernoulli, shape, hidden=4)(2 * torch.randn(2, LATENTS))
+    every = every_binary(shape)
+    probability = px.log_prob(every[:, None]).exp()
+    torch.testing.assert_close(probability.sum(0), torch.ones(2))
+    expected = torch.einsum("xn,x...->n...", probability, every)
+    assert (px.mean - expected).abs().max() < 0.1
+    draws = px.sample((40_000,)).flatten(2)
+    code = (draws * 2 ** torch.arange(5.0, -1, -1)).sum(-1).long()
+    found = torch.stack([torch.bincount(column, minlength=64) for column in code.T], 1) / 40_000
+    error = (probability * (1 - probability) / 40_000).sqrt()
+    assert ((found - probability).abs() <= 5 * error + 1e-4).all()
+
+
+@torch.no_grad()
+def test_real_sequences_integrate_to_one_and_are_drawn_as_scored() -> None:
+    px = small(likelihoods.RecurrentNormal, (2,), hidden=4)(torch.randn(LATENTS))
+    line = torch.linspace(-30, 30, 1501)
+    density = px.log_prob(torch.cartesian_prod(line, line)).exp().view(1501, 1501)
+    mass = density * (line[1] - line[0]) ** 2
+    torch.testing.assert_close(mass.sum(), torch.tensor(1.0), rtol=1e-6, atol=0)
+    draws = px.sample((40_000,))
+    second = (mass.sum(0) * line).sum(), (mass * line[:, None] * line).sum()
+    for found, expected in zip((draws[:, 1], draws.prod(1)), second, strict=True):
+        assert abs(found.mean() - expected) < 5 * found.std() / 200
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_a_step_knows_z_and_the_steps_before(name: str) -> None:
+    part = small(getattr(likelihoods, name), (5, 2), hidden=4)
+    z, x = torch.randn(LATENTS), LIKELIHOODS[name]()(torch.zeros(LATENTS)).sample().view(-1)[:10]
+    x = x.view(5, 2)
+    state, given = part.net(z).split([4, 12])
+    state, log_prob = state.tanh(), torch.zeros(())
+    for t in range(5):
+        read = torch.zeros(3) if t == 0 else torch.cat([x[t - 1], torch.ones(1)])
+        state = part.unit(part.unit.read(read) + given, state)
+        log_prob = log_prob + part.step(part.head(state) + part.bias[t]).log_prob(x[t])
+    torch.testing.assert_close(part(z).log_prob(x), log_prob)
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_word_dropout_is_for_training_alone(name: str) -> None:
+    part = small(getattr(likelihoods, name), (4, 2), hidden=4, word_dropout=0.5)
+    z = torch.randn(30, LATENTS)
+    px = part(z)
+    x = px.sample()
+    assert not torch.equal(px.log_prob(x), px.log_prob(x))
+    part.eval()
+    assert torch.equal(px.log_prob(x), px.log_prob(x))
+    whole = getattr(likelihoods, name)((4, 2), LATENTS, NET, hidden=4)
+    whole.load_state_dict(part.state_dict())
+    torch.testing.assert_close(whole(z).log_prob(x), px.log_prob(x))
+
+
+def test_a_step_that_is_dropped_is_not_read() -> None:
+    part = small(likelihoods.RecurrentBernoulli, (9, 2), hidden=4, word_dropout=0.3)
+    steps = torch.ones(1000, 9, 2)
+    read = part._before(steps)
+    assert not read[:, 0].any()
+    assert set(read[:, 1:].sum(-1).unique().tolist()) == {0.0, 3.0}
+    kept = read[:, 1:, -1].mean()
+    assert abs(kept - 0.7) < 5 * math.sqrt(0.3 * 0.7 / 8000)
+
+
+@torch.no_grad()
+def test_a_row_has_the_same_mean_in_any_batch() -> None:
+    part, z = small(likelihoods.RecurrentNormal, (4, 2), hidden=4), torch.randn(5, LATENTS)
+    generator = torch.get_rng_state()
+    together = part(z).mean
+    torch.testing.assert_close(together, torch.stack([part(row).mean for row in z]))
+    torch.testing.assert_close(together, part(z.view(5, 1, -1)).mean[:, 0])
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0, math.nan])
+def test_other_rates_of_word_dropout_are_refused(rate: float) -> None:
+    with pytest.raises(ValueError, match="word_dropout must be at least 0 and below 1"):
+        likelihoods.RecurrentBernoulli((4,), LATENTS, word_dropout=rate)
+
+
+def test_sequences_refuse_missing_entries() -> None:
+    vae = vae_of(small(likelihoods.RecurrentNormal, (3, 2), hidden=4), missing=True)
+    with pytest.raises(ValueError, match="need a likelihood whose entries are independent given z"):
+        pyrovae.elbo(vae.model, vae.guide, torch.zeros(7, 3, 2))
 
 
 # Levels -------------------------------------------------------------------------------------------
@@ -680,7 +780,7 @@ def test_the_command_trains_on_levels(monkeypatch: pytest.MonkeyPatch) -> None:
 # Missing entries ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", LIKELIHOODS)
+@pytest.mark.parametrize("name", INDEPENDENT)
 def test_missing_entries_are_left_out(name: str) -> None:
     """The others' densities are as they were, and gradients are finite."""
     part = LIKELIHOODS[name]().eval()

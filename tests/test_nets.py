@@ -16,7 +16,10 @@ IMAGES = [(1, 1, 1), (1, 5, 7), (1, 8, 8), (2, 9, 4), (1, 28, 20), (1, 28, 28), 
 NETS: dict[str, Callable[..., nets.Net]] = {
     "MLP": lambda **options: nets.MLP(hidden=(6, 5), **options),
     "Conv": lambda **options: nets.Conv(channels=(4, 3, 2), hidden=6, **options),
+    "Recurrent": lambda **_: nets.Recurrent(hidden=6),
 }
+NORMALISED = ("MLP", "Conv")
+"""Recipes that take batch normalisation."""
 
 
 def test_every_public_recipe_is_in_the_table() -> None:
@@ -51,7 +54,7 @@ def test_rows_are_mapped_one_by_one(name: str) -> None:
     torch.testing.assert_close(net(x), one_by_one)
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", NORMALISED)
 def test_batch_norm_looks_at_the_batch_in_training_only(name: str) -> None:
     net = NETS[name](batch_norm=True)((1, 8, 8), (3,))
     x = torch.rand(6, 1, 8, 8)
@@ -132,6 +135,7 @@ def test_conv_connects_images_with_vectors(shapes: Any) -> None:
         (lambda: nets.Conv(channels=(-1,)), "channels must be positive integers"),
         (lambda: nets.Conv(hidden=0), "hidden must be positive integers"),
         (lambda: nets.Conv(activation="x"), "activation must be one of"),
+        (lambda: nets.Recurrent(hidden=0), "hidden must be positive integers"),
     ],
 )
 def test_bad_arguments_are_refused(make: Callable[[], Any], message: str) -> None:
@@ -260,3 +264,36 @@ def test_side_by_side_runs_in_the_precision_asked_for() -> None:
     assert rounded.dtype == torch.float32
     assert not torch.equal(rounded, exact)
     torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.05)
+
+
+# Sequences ----------------------------------------------------------------------------------------
+
+
+def test_a_gated_recurrent_unit_is_that_of_torch() -> None:
+    unit, theirs = nets.GRU(3, 5), nn.GRUCell(3, 5, bias=False)
+    with torch.no_grad():
+        unit.read.bias.zero_()
+        theirs.weight_ih.copy_(unit.read.weight)
+        theirs.weight_hh.copy_(unit.recur.weight)
+    x, state = torch.randn(4, 3), torch.randn(4, 5)
+    torch.testing.assert_close(unit(unit.read(x), state), theirs(x, state))
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 3), (2, 4, 3), (2, 4, 3, 5)], ids=str)
+def test_data_are_sequences_and_back(shape: tuple[int, ...]) -> None:
+    x = torch.randn(2, 6, *shape)
+    steps = nets.to_steps(x, shape)
+    assert steps.shape[:3] == (2, 6, 4)
+    assert torch.equal(nets.from_steps(steps, shape), x)
+    first = x[..., 0] if len(shape) == 1 else x[:, :, 0] if len(shape) == 2 else x[:, :, :, 0]
+    assert torch.equal(steps[:, :, 0], first.reshape(2, 6, -1))
+
+
+def test_a_sequence_is_read_in_order() -> None:
+    net = nets.Recurrent(hidden=6)((4, 3), (2,))
+    x = torch.randn(5, 4, 3)
+    assert not torch.allclose(net(x), net(x[:, [1, 0, 2, 3]]), atol=1e-4)
+    forwards, backwards = net.body(x).chunk(2, -1)
+    net.body.units[1].load_state_dict(net.body.units[0].state_dict())
+    torch.testing.assert_close(net.body(x.flip(1)).chunk(2, -1)[1], forwards)
+    assert not torch.allclose(forwards, backwards)

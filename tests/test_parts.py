@@ -8,15 +8,26 @@ from typing import Any
 import pyro.distributions as dist
 import pytest
 import torch
-from table import GUIDES, IMAGE, LATENTS, LIKELIHOODS, NET, OBJECTIVES, PRIORS, TABLE
+from table import (
+    GUIDES,
+    IMAGE,
+    INDEPENDENT,
+    LATENTS,
+    LIKELIHOODS,
+    NET,
+    OBJECTIVES,
+    PRIORS,
+    TABLE,
+)
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyrovae import guides, likelihoods, nets, objectives, priors
+from pyrovae import _flows, _sequences, guides, likelihoods, nets, objectives, priors
 from pyrovae._config import from_config, parameters, to_config
 from pyrovae._distributions import ContinuousBernoulli
-from pyrovae._flows import NUM_FIXED, Flowed
+from pyrovae._flows import Flowed
 from pyrovae._part import Conditional
+from pyrovae._sequences import Sequences
 
 LEVELS = (torch.linspace(0, 1, 5), torch.ones(5))  # as the table has it, 0 to 4
 FAR = torch.linspace(-18, 18, 40001, dtype=torch.float64).sinh()
@@ -122,18 +133,22 @@ def test_draws_lie_in_the_support_and_have_finite_densities(name: str) -> None:
         assert part.support.check(x).all()
 
 
+BEHIND: dict[type, float] = {Flowed: _flows.NUM_FIXED, Sequences: _sequences.NUM_FIXED}
+"""Draws behind a mean, for distributions that have no better one."""
+
+
 @pytest.mark.parametrize("name", TABLE)
 def test_the_mean_is_that_of_the_draws(name: str) -> None:
     px = p(shaken(TABLE[name]()), (2,))
     x = px.sample((20_000,))
-    behind = NUM_FIXED if isinstance(px, Flowed) else math.inf
+    behind = BEHIND.get(type(px), math.inf)
     standard_error = x.std(0) * math.sqrt(1 / len(x) + 1 / behind) + 1e-12
     assert ((x.mean(0) - px.mean) / standard_error).abs().max() < 5
 
 
-@pytest.mark.parametrize("name", LIKELIHOODS)
+@pytest.mark.parametrize("name", INDEPENDENT)
 def test_a_likelihood_sums_to_one(name: str) -> None:
-    """Entry by entry: entries are independent given z, so all but one stay where they are."""
+    """Entry by entry, all but one where they are; test_likelihoods.py has those that depend."""
     part: Any = shaken(LIKELIHOODS[name]()).eval()
     base = part(torch.randn(4, LATENTS)).base_dist
     x, weight = GRIDS[name.split(",")[0]]
@@ -358,6 +373,8 @@ def test_supports_say_what_data_a_likelihood_takes() -> None:
         "NegativeBinomial": counts,
         "Normal": [1] * 5,
         "Poisson": counts,
+        "RecurrentBernoulli": [1, 1, 0, 0, 0],
+        "RecurrentNormal": [1] * 5,
         "StudentT": [1] * 5,
         "ZeroInflatedNegativeBinomial": counts,
     }

@@ -18,7 +18,7 @@ from pyrovae import HierarchicalVAE, LadderVAE, compiled, guides, nets, program
 from pyrovae._catalogue import ROLES, parts
 from pyrovae._config import from_config, parameters, to_config
 
-SHAPE = (1, 1, 3)
+SHAPE = (1, 3, 1)
 NET = to_config(nets.MLP(hidden=(6,)))
 DEPTHS = ("one layer", "bottom-up", "top-down")
 FACTORS = [list(table) for table in (PRIORS, LIKELIHOODS, GUIDES, OBJECTIVES)] + [list(DEPTHS)]

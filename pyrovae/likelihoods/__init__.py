@@ -9,6 +9,7 @@ from pyrovae.likelihoods.levels import (
     DiscretizedLogisticMixture,
 )
 from pyrovae.likelihoods.real import Laplace, Normal, StudentT
+from pyrovae.likelihoods.sequences import RecurrentBernoulli, RecurrentNormal
 from pyrovae.likelihoods.unit import Bernoulli, Beta, ContinuousBernoulli
 
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     "NegativeBinomial",
     "Normal",
     "Poisson",
+    "RecurrentBernoulli",
+    "RecurrentNormal",
     "StudentT",
     "ZeroInflatedNegativeBinomial",
 ]
