@@ -216,6 +216,13 @@ def test_manifold_has_z1_rightwards_and_z2_upwards():
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("z1", "z2")
 
 
+def test_manifold_goes_as_far_as_asked():
+    vae = make(GREY)
+    ax = plotting.manifold(vae, size=3, bound=4).axes[0]
+    assert np.allclose(canvas(ax)[:6, :6, 0], vae.decode(torch.tensor([-4.0, 4.0]))[0], atol=1e-6)
+    assert labels(ax.xaxis) == labels(ax.yaxis) == ["-4.00", "0.00", "4.00"]
+
+
 def test_interpolations_go_from_start_to_end():
     vae, x = make(GREY), bits(4, GREY)
     ax = plotting.interpolations(vae, x[:2], x[2:], steps=4).axes[0]
@@ -403,6 +410,7 @@ def test_log_px_histogram_shows_the_extremes():
         (lambda: plotting.manifold(make(GREY, 3)), "needs 2 latents, the model has 3"),
         (lambda: plotting.manifold(make(TABLE)), r"needs images, the data have shape \(14,\)"),
         (lambda: plotting.manifold(make(GREY), size=1), "size must be at least 2, got 1"),
+        (lambda: plotting.manifold(make(GREY), bound=0.0), "bound must be positive and finite"),
         (
             lambda: plotting.interpolations(make(TABLE), torch.rand(2, 14), torch.rand(2, 14)),
             r"need images, got shape \(14,\)",

@@ -154,18 +154,20 @@ def latent_space(vae: Base, x: Tensor, y: Tensor | None = None, max_points: int 
     return figure
 
 
-def manifold(vae: VAE, size: int = 15) -> Figure:
+def manifold(vae: VAE, size: int = 15, bound: float | None = None) -> Figure:
     """The plane of a two-dimensional latent space, decoded.
 
-    Means of p(x|z) for z at the standard normal's quantiles from 2.5 % to 97.5 %, z1 rightwards and
-    z2 upwards.
+    Means of p(x|z) for z on a square grid, z1 rightwards and z2 upwards.
 
     Args:
         vae: A model with two latents whose data are images.
         size: Images from left to right, and from top to bottom.
+        bound: z from -bound to bound, evenly; None takes the standard normal's quantiles from
+            2.5 % to 97.5 %, so that each image stands for as many samples.
 
     Raises:
-        ValueError: If `size` is less than two, there are not two latents, or data are not images.
+        ValueError: If `size` is less than two, `bound` is not positive, there are not two latents,
+            or data are not images.
 
     References:
         Auto-Encoding Variational Bayes (Kingma & Welling, 2014), arXiv:1312.6114, Figure 4
@@ -175,7 +177,12 @@ def manifold(vae: VAE, size: int = 15) -> Figure:
     if vae.latent_dims != (2,):
         found = " + ".join(map(str, vae.latent_dims))
         raise ValueError(f"a manifold needs 2 latents, the model has {found}")
-    z = torch.distributions.Normal(0.0, 1.0).icdf(torch.linspace(0.025, 0.975, size))
+    if bound is not None and not 0 < bound < math.inf:
+        raise ValueError(f"bound must be positive and finite, got {bound}")
+    if bound is None:
+        z = torch.distributions.Normal(0.0, 1.0).icdf(torch.linspace(0.025, 0.975, size))
+    else:
+        z = torch.linspace(-bound, bound, size)
     grid = torch.cartesian_prod(z.flip(0), z).flip(-1)
     images = vae.decode(grid.to(next(vae.parameters())))
     if not is_image(images.shape[1:]):
