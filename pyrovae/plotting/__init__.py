@@ -7,6 +7,7 @@ No picture changes the model, its mode or the random state.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import product
 from typing import Any
