@@ -61,6 +61,10 @@ class Base(Configurable, nn.Module):
         """Codes of data: the guide's mean."""
         raise NotImplementedError
 
+    def decode(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Means of the likelihood at codes."""
+        raise NotImplementedError
+
     def reconstruct(self, *args: Any, **kwargs: Any) -> Tensor:
         """Data again, by way of their codes."""
         raise NotImplementedError

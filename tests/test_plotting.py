@@ -7,7 +7,7 @@ from matplotlib.collections import PathCollection
 from matplotlib.colors import to_rgb
 from sklearn.decomposition import PCA
 
-from pyrovae import guides, likelihoods, nets, plotting, priors
+from pyrovae import ConditionalVAE, guides, likelihoods, nets, plotting, priors
 from pyrovae.plotting import panels
 from pyrovae.vae import VAE
 
@@ -402,6 +402,72 @@ def test_log_px_histogram_shows_the_extremes():
 
 
 # Messages
+
+
+# Labels -------------------------------------------------------------------------------------------
+
+
+def with_label(latent_dim=2, **y):
+    """A model whose decoder draws one row of pixels for each class, and nothing of z."""
+    torch.manual_seed(0)
+    width = y.get("num_classes") or y["label_dim"]
+    vae = ConditionalVAE(
+        priors.StandardNormal(latent_dim),
+        likelihoods.Bernoulli((1, 3, 3), latent_dim + width, nets.MLP(())),
+        guides.Normal((9 + width,), latent_dim, nets.MLP(())),
+        **y,
+    )
+    with torch.no_grad():
+        vae.likelihood.net.head.weight.zero_()
+        for k in range(width):
+            vae.likelihood.net.head.weight[3 * k : 3 * k + 3, latent_dim + k] = 50.0
+        vae.likelihood.net.bias.fill_(-25.0)
+    return vae
+
+
+def rows_lit(picture):
+    """Which row of each 3x3 image of a picture is lit, image by image from left to right."""
+    grey = picture[..., 0]
+    across = range(0, grey.shape[1], 4)
+    return [int(grey[:3, i : i + 3].mean(1).argmax()) for i in across]
+
+
+def test_analogies_show_the_datum_and_every_class():
+    vae = with_label(num_classes=3)
+    x = bits(4, (1, 3, 3))
+    figure = plotting.analogies(vae, x, torch.tensor([0, 1, 2, 0]), num=2)
+    (ax,) = figure.axes
+    assert labels(ax.xaxis) == ["data", "0", "1", "2"]
+    assert rows_lit(canvas(ax)[:3, 4:]) == [0, 1, 2]
+    assert len(ax.patches) == 2
+
+
+def test_analogies_of_a_vector_are_under_those_of_data():
+    vae = with_label(label_dim=2)
+    figure = plotting.analogies(vae, bits(3, (1, 3, 3)), torch.eye(3)[:, :2], num=3)
+    assert labels(figure.axes[0].xaxis)[:2] == ["data", "1.0\n0.0"]
+    with pytest.raises(ValueError, match="y is a vector: see analogies"):
+        plotting.styles(vae)
+
+
+def test_styles_have_a_class_a_column():
+    (ax,) = plotting.styles(with_label(num_classes=3), rows=2).axes
+    assert labels(ax.xaxis) == ["0", "1", "2"]
+    assert rows_lit(canvas(ax)) == [0, 1, 2]
+
+
+def test_manifold_of_a_label():
+    figure = plotting.manifold(with_label(num_classes=3), 2, y=torch.tensor(2))
+    assert figure.axes[0].get_title().endswith("y = 2")
+    assert canvas(figure.axes[0])[2::3, :, 0].min() > 0.9
+
+
+def test_pictures_of_a_model_with_a_label():
+    y = torch.tensor([0, 1, 2, 0])
+    made = plotting.figures(with_label(num_classes=3), bits(4, (1, 3, 3)), y)
+    assert set(made) == {"reconstructions", "latent_space", "analogies", "samples", "manifold"}
+    vector = plotting.figures(with_label(label_dim=2), bits(4, (1, 3, 3)), torch.rand(4, 2))
+    assert set(vector) == {"reconstructions", "latent_space", "analogies"}
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from pyrovae.plotting.images import (
     is_image,
     show_grid,
 )
-from pyrovae.plotting.labels import analogies, label_manifold, quantile_ticks, styles
+from pyrovae.plotting.labels import analogies, label_name, styles
 from pyrovae.plotting.panels import (
     BLUE,
     ORANGE,
@@ -52,7 +52,6 @@ __all__ = [
     "analogies",
     "figures",
     "interpolations",
-    "label_manifold",
     "latent_space",
     "log_px_histogram",
     "manifold",
@@ -125,7 +124,8 @@ def latent_space(vae: Base, x: Tensor, y: Tensor | None = None, max_points: int 
     Args:
         vae: The model.
         x: Data, shape `(n, *shape)`.
-        y: A label of each, shape `(n,)`: up to 20 values get a colour each, more a colour bar.
+        y: A label of each, shape `(n,)`: up to 20 values get a colour each, more a colour bar. Of a
+            vector its first entry.
         max_points: Data to show, spread evenly over x.
 
     Raises:
@@ -135,6 +135,7 @@ def latent_space(vae: Base, x: Tensor, y: Tensor | None = None, max_points: int 
         raise ValueError(f"y must be as long as x, {len(x)}, got {len(y)}")
     shown, labels = some_rows(x, max_points), _given_labels(vae, y, max_points)
     y = None if y is None else some_rows(y, max_points).detach().cpu()
+    y = y[:, 0] if y is not None and y.dim() > 1 else y
     batches = zip(*(t.split(500) for t in (shown, *labels)), strict=True)
     z = as_numpy(torch.cat([vae.encode(*batch) for batch in batches]))
     figure = Figure(figsize=(6.5, 5.5), dpi=150, layout="constrained")
@@ -155,7 +156,9 @@ def latent_space(vae: Base, x: Tensor, y: Tensor | None = None, max_points: int 
     return figure
 
 
-def manifold(vae: VAE, size: int = 15, bound: float | None = None) -> Figure:
+def manifold(
+    vae: Base, size: int = 15, bound: float | None = None, y: Tensor | None = None
+) -> Figure:
     """The plane of a two-dimensional latent space, decoded.
 
     Means of p(x|z) for z on a square grid, z1 rightwards and z2 upwards.
@@ -165,6 +168,7 @@ def manifold(vae: VAE, size: int = 15, bound: float | None = None) -> Figure:
         size: Images from left to right, and from top to bottom.
         bound: z from -bound to bound, evenly; None takes the standard normal's quantiles from
             2.5 % to 97.5 %, so that each image stands for as many samples.
+        y: The label of all, for a model that takes one: a class, or a vector.
 
     Raises:
         ValueError: If `size` is less than two, `bound` is not positive, there are not two latents,
@@ -185,13 +189,21 @@ def manifold(vae: VAE, size: int = 15, bound: float | None = None) -> Figure:
     else:
         z = torch.linspace(-bound, bound, size)
     grid = torch.cartesian_prod(z.flip(0), z).flip(-1)
-    images = vae.decode(grid.to(next(vae.parameters())))
+    grid = grid.to(next(vae.parameters()))
+    labels = () if y is None else (y.to(grid.device).expand(len(grid), *y.shape),)
+    images = vae.decode(grid, *labels)
     if not is_image(images.shape[1:]):
         raise ValueError(f"a manifold needs images, the data have shape {tuple(images.shape[1:])}")
     title = "Means of p(x|z) over the latent space"
+    title += "" if y is None else f", y = {label_name(y)}"
     square = images.unflatten(0, (size, size))
     figure, ax, (across, down) = grid_figure(square, grey_limits(images), title, gap=0)
-    quantile_ticks(ax, z, across, down)
+    every = math.ceil(size / 8)
+    ticks = [with_minus(f"{value:.2f}") for value in z[::every].tolist()]
+    ax.set_xticks(across[::every], ticks)
+    ax.set_yticks(down[::-1][::every], ticks)
+    ax.set(xlabel="z1", ylabel="z2")
+    ax.tick_params(length=3)
     return figure
 
 
@@ -324,6 +336,8 @@ def figures(
             made["analogies"] = analogies(vae, x, y)
             if vae.num_classes:
                 made["samples"] = styles(vae)
+                if vae.latent_dims == (2,):
+                    made["manifold"] = manifold(vae, y=torch.tensor(0))
     else:
         made["samples"] = samples(vae, x=x)
     if is_image(x.shape[1:]) and isinstance(vae, VAE):

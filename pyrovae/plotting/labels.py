@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -70,48 +68,13 @@ def styles(vae: ConditionalVAE, rows: int = 8, seed: int = 0) -> Figure:
     return figure
 
 
-def label_manifold(vae: ConditionalVAE, y: Tensor, size: int = 12) -> Figure:
-    """The plane of two latents, decoded under one label.
-
-    Means of p(x|y, z) for z at the standard normal's quantiles from 2.5 % to 97.5 %, z1 rightwards
-    and z2 upwards.
-
-    Args:
-        vae: A model with two latents whose data are images.
-        y: The label: a class, or a vector.
-        size: Images from left to right, and from top to bottom.
-
-    Raises:
-        ValueError: If there are not two latents.
-    """
-    if vae.latent_dims != (2,):
-        raise ValueError(f"a manifold needs 2 latents, the model has {vae.latent_dims[0]}")
-    z = torch.distributions.Normal(0.0, 1.0).icdf(torch.linspace(0.025, 0.975, size))
-    plane = torch.cartesian_prod(z.flip(0), z).flip(-1).to(next(vae.parameters()))
-    y = torch.as_tensor(y, device=plane.device)
-    images = vae.decode(plane, y.expand(len(plane), *y.shape)).unflatten(0, (size, size))
-    title = f"Means of p(x|y, z) for y = {_name(y)}"
-    figure, ax, places = grid_figure(images, grey_limits(images), title, gap=0)
-    quantile_ticks(ax, z, *places)
-    return figure
-
-
-def quantile_ticks(ax: Axes, z: Tensor, across: np.ndarray, down: np.ndarray) -> None:
-    """Ticks of a grid over two latents."""
-    every = -(-len(z) // 8)
-    names = [with_minus(f"{value:.2f}") for value in z[::every].tolist()]
-    ax.set_xticks(across[::every], names)
-    ax.set_yticks(down[::-1][::every], names)
-    ax.set(xlabel="z1", ylabel="z2")
-    ax.tick_params(length=3)
-
-
 def label_names(vae: ConditionalVAE, labels: Tensor | None, count: int) -> list[str]:
     """What labels are called in a picture."""
-    return [str(i) for i in range(count)] if labels is None else [_name(y) for y in labels]
+    return [str(i) for i in range(count)] if labels is None else [label_name(y) for y in labels]
 
 
-def _name(y: Tensor) -> str:
+def label_name(y: Tensor) -> str:
+    """What one label is called."""
     if y.dim() == 0:
         return f"{y.item():g}"
     return "\n".join(with_minus(f"{value:.1f}") for value in y[:3].tolist())
