@@ -623,6 +623,11 @@ def test_shapes_and_means(name: str) -> None:
     vae, x, y, numbers = given_y(name)
     assert vae.encode(x, y).shape == (5, 1)
     assert vae.posterior(x, y).batch_shape == (5,)
+    planes = numbers[..., None, None].expand(-1, -1, *SHAPE[1:])
+    one = name != "convolution"
+    seen = x.nan_to_num()
+    read = torch.cat([seen.flatten(1), numbers], 1) if one else torch.cat([seen, planes], 1)
+    torch.testing.assert_close(vae.encode(x, y), vae.encoder(read).mean.detach())
     assert vae.latent_dims == (1,)
     assert vae.shape == SHAPE
     z = torch.randn(4, 5, 1)
@@ -691,6 +696,19 @@ def test_data_of_a_class_are_drawn_for_it(kind: Any) -> None:
         torch.testing.assert_close(vae.reconstruct(x), 10 * torch.eye(CLASSES)[y[:5]])
         counts = vae.sample(4000).argmax(1).bincount() / 4000
         torch.testing.assert_close(counts, vae.class_probs, rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("name", ["classes", "prior given y", "VampPrior"])
+def test_samples_draw_the_code_of_the_label(name: str) -> None:
+    vae = given_y(name)[0]
+    with torch.no_grad():
+        pz = vae.latent(one_hot(1))
+        z = pz.sample((5000,)[: 1 - len(pz.batch_shape)])
+        means = vae.likelihood(torch.cat([z, one_hot(1).expand(5000, -1)], -1)).mean
+    drawn = vae.sample(5000, torch.tensor(1), mean=True)
+    torch.testing.assert_close(drawn.mean(0), means.mean(0), rtol=0, atol=0.02)
+    torch.testing.assert_close(drawn.std(0), means.std(0), rtol=0.1, atol=1e-3)
+    assert means.std(0).max() > 0.02
 
 
 @pytest.mark.parametrize("kind", PARTLY)
@@ -802,10 +820,9 @@ def test_few_labels_teach_classes() -> None:
     assert (vae.classify(x).argmax(1) == y).double().mean() > 0.95
 
 
-@pytest.mark.parametrize("name", PARTLY)
 @pytest.mark.slow
-def test_a_compiled_step_is_the_eager_one(name: str) -> None:
-    vae, goal = PARTLY[name](), SemiSupervised(alpha=0.5)
+def test_a_compiled_step_with_auxiliary_latents_is_the_eager_one() -> None:
+    vae, goal = auxiliary(), SemiSupervised(alpha=0.5)
     goal.arrange(3, 0.4)
 
     def loss(kl_weight: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
