@@ -156,8 +156,12 @@ class ConditionalVAE(Base):
             if initialize := getattr(part, "initialize", None):
                 initialize(data)
 
-    def check_labels(self, y: Tensor | None) -> None:
-        """Refuse labels that cannot be learnt from.
+    def check_labels(self, y: Tensor | None, training: bool = True) -> None:
+        """Refuse labels that cannot be learnt from, or validated by.
+
+        Args:
+            y: Labels of all data.
+            training: Whether these are the data to learn from.
 
         Raises:
             ValueError: With the reason.

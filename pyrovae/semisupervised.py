@@ -168,12 +168,20 @@ class SemiSupervisedVAE(ConditionalVAE):
             y = dist.Categorical(self.class_probs).sample((max(num_samples, 1),))
         return super().sample_px(num_samples, y, drawn)
 
-    def check_labels(self, y: Tensor | None) -> None:
-        """Refuse labels that cannot be learnt from: each class needs one.
+    def check_labels(self, y: Tensor | None, training: bool = True) -> None:
+        """Refuse labels that cannot be learnt from, as each class needs one, or validated by.
+
+        Args:
+            y: Labels of all data, -1 where there is none.
+            training: Whether these are the data to learn from; others have all labels, or none.
 
         Raises:
             ValueError: With the reason.
         """
+        if not training:
+            if y is not None:
+                super().check_labels(y)
+            return
         if y is None:
             raise ValueError(
                 "SemiSupervisedVAE learns classes from labels: give (x, y) with -1 where there is "

@@ -75,7 +75,8 @@ def fit(
     Args:
         vae: A module with `model` and `guide`, such as `VAE` or `Program`.
         train: Data: a tensor `(N, *shape)`, an array, a tuple of tensors, a torch `Dataset`, or a
-            split of a data set.
+            split of a data set. In `(x, y)` a label of -1 is one that is not given, for objectives
+            that take labels for some.
         valid: Data for the validation ELBO after each epoch.
         objective: What to maximise; `ELBO()` if None. Pyro's `Trace_ELBO`, `TraceMeanField_ELBO`
             and `TraceEnum_ELBO` will do too.
@@ -127,6 +128,8 @@ def fit(
         fabric.to_device(module)
     train = check_labels(vae, as_split(train), objective).to(fabric.device)
     valid = None if valid is None else as_split(valid).to(fabric.device)
+    if valid is not None and (check := getattr(vae, "check_labels", None)):
+        check(_labels(valid), training=False)
     with program.undisturbed(model, guide, buffers=False), _frozen_unremarked():
         torch.manual_seed(key(seed, 0))  # for parameters that Pyro functions make as they run
         for split in (train, valid):
@@ -208,8 +211,12 @@ def check_labels(vae: nn.Module, train: Split, objective: pyro.infer.ELBO) -> Sp
             "for some take objectives.SemiSupervised"
         )
     if check:
-        check(train.data[1] if isinstance(train.data, tuple) else None)
+        check(_labels(train))
     return train
+
+
+def _labels(split: Split) -> Tensor | None:
+    return split.data[1] if isinstance(split.data, tuple) else None
 
 
 def _check_support(name: str, support: constraints.Constraint, x: Tensor) -> None:

@@ -946,6 +946,18 @@ def test_labels_that_cannot_be_learnt_from_are_refused(name: str) -> None:
         pyrovae.fit(make(), labelled(binary(12), part_labels()), epochs=1, progress=False)
 
 
+@pytest.mark.parametrize("make", [semi, conditional])
+@pytest.mark.parametrize(("label", "found"), [(-1, "-1 to 2"), (3, "0 to 3")])
+def test_validation_data_have_all_labels_or_none(make: Any, label: int, found: str) -> None:
+    x, y = binary(30), classes(30)
+    wrong = torch.where(torch.arange(30) == 20, label, y)
+    with pytest.raises(ValueError, match=f"from 0 to 2, got values from {found}"):
+        pyrovae.fit(make(), (x, y), valid=(x, wrong), epochs=1, progress=False)
+    if make is conditional:
+        with pytest.raises(ValueError, match="ConditionalVAE takes data with labels"):
+            pyrovae.fit(make(), (x, y), valid=x, epochs=1, progress=False)
+
+
 @pytest.mark.parametrize("goal", [ELBO(), TRACE_ENUM])
 @pytest.mark.parametrize("make", [semi, conditional])
 def test_other_objectives_refuse_labels_for_some(make: Any, goal: Any) -> None:
