@@ -25,7 +25,12 @@ torch.library.define("pyrovae::product", "(Tensor a, Tensor b, Tensor? bias) -> 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     """A product of two matrices, plus a row if there is one."""
     row = None if bias is None else bias.contiguous()  # oneDNN takes no strides of it
-    return torch.ops.mkldnn._linear_pointwise.default(a, b.T, row, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.default(a, dense(b).T, row, "none", [], "")
+
+
+def dense(matrix: Tensor) -> Tensor:
+    """A matrix without gaps between its rows or columns: for others oneDNN has no quick way."""
+    return matrix if matrix.is_contiguous() or matrix.T.is_contiguous() else matrix.contiguous()
 
 
 @torch.library.register_fake("pyrovae::product")
