@@ -15,48 +15,48 @@ experiments/results/conditional.json, conditional-analogies.png, -styles.png and
 
 from __future__ import annotations
 
-import argparse
 import time
 
 import _results
 import matplotlib.pyplot as plt
 import torch
-from sklearn.svm import SVC
+from _gallery import MLP, grey, judge_of, mean_and_error, parser, predicted
 from torch import Tensor
 
 import pyrovae
-from pyrovae import ConditionalVAE, data, guides, likelihoods, nets, plotting, priors
-from pyrovae.evidence.diagnostics import error_of_mean
+from pyrovae import ConditionalVAE, data, guides, likelihoods, plotting, priors
 from pyrovae.plotting.images import as_canvas
 from pyrovae.runs import made_by, write_json
 
 
-def train(dataset: data.DataSet, latent_dim: int, asked: argparse.Namespace) -> ConditionalVAE:
+def train(dataset: data.DataSet, latent_dim: int, epochs: int) -> ConditionalVAE:
     """A class-conditional VAE of the training data."""
     torch.manual_seed(0)
-    net, classes = nets.MLP(hidden=(200, 200)), int(dataset.train.y.max()) + 1
+    classes = int(dataset.train.y.max()) + 1
     vae = ConditionalVAE(
         priors.StandardNormal(latent_dim),
-        likelihoods.Bernoulli(dataset.shape, latent_dim + classes, net),
-        guides.Normal((dataset.train.x[0].numel() + classes,), latent_dim, net),
+        likelihoods.Bernoulli(dataset.shape, latent_dim + classes, MLP),
+        guides.Normal((dataset.train.x[0].numel() + classes,), latent_dim, MLP),
         num_classes=classes,
     )
     pyrovae.fit(
-        vae, dataset.train.with_labels(), valid=dataset.valid.with_labels(), epochs=asked.epochs,
+        vae, dataset.train.with_labels(), valid=dataset.valid.with_labels(), epochs=epochs,
         progress=False,
     )  # fmt: skip
     return vae
 
 
-def judged(
-    vae: ConditionalVAE, x: Tensor, y: Tensor, judge: SVC, labels: Tensor
-) -> tuple[float, float]:
-    """Share of images under another label that are judged to be of it, and its error."""
-    decoded = vae.analogies(x, y, labels).flatten(2)
-    found = torch.as_tensor(judge.predict(decoded.flatten(0, 1).numpy())).reshape(len(x), -1)
-    swapped = labels.expand(len(x), -1) != y[:, None]
+def of_the_class_asked_for(found: Tensor, y: Tensor) -> dict[str, float]:
+    """Share of images under every label but their own y that are taken for it, and its error.
+
+    Args:
+        found: The class of each as judged, shape `(N, labels)`.
+        y: The label of each source, shape `(N,)`.
+    """
+    labels = torch.arange(found.shape[1])
+    swapped = labels != y[:, None]
     right = ((found == labels) & swapped).sum(1) / swapped.sum(1)
-    return float(right.mean()), error_of_mean(right.double())
+    return mean_and_error("share", right)
 
 
 def planes(vae: ConditionalVAE, size: int = 12) -> plt.Figure:
@@ -77,39 +77,31 @@ def planes(vae: ConditionalVAE, size: int = 12) -> plt.Figure:
 
 def main() -> None:
     """Train, judge, draw."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default="digits")
-    parser.add_argument("--data-root", help="folder with the data sets' files")
-    parser.add_argument("--epochs", type=int, help="default: 300 of the digits, 30 of others")
-    _results.add_flags(parser)
-    asked = parser.parse_args()
-    asked.epochs = asked.epochs or (300 if asked.data == "digits" else 30)
-    asked.epochs = 2 if asked.smoke else asked.epochs
+    asked = parser(__doc__, data=None).parse_args()
+    epochs = 2 if asked.smoke else 300 if asked.data == "digits" else 30
     folder = _results.folder(asked)
     start = time.perf_counter()
     dataset = data.load(asked.data, asked.data_root)
-    vae = train(dataset, 10, asked)
-    seen, labels = dataset.train.x[:10_000].flatten(1), dataset.train.y[:10_000]
-    judge = SVC(C=10).fit(seen / dataset.preprocess.max_value, labels)
-    pixels = dataset.test.x.flatten(1) / dataset.preprocess.max_value
-    real = float((torch.as_tensor(judge.predict(pixels)) == dataset.test.y).double().mean())
+    vae, judge = train(dataset, 10, epochs), judge_of(dataset)
+    real = float((predicted(judge, grey(dataset.test)) == dataset.test.y).double().mean())
     few = slice(0, 20 if asked.smoke else 1000)
     x, y = dataset.test[few], dataset.test.y[few]
-    share, error = judged(vae, x, y, judge, torch.arange(int(labels.max()) + 1))
+    swapped = of_the_class_asked_for(predicted(judge, vae.analogies(x, y)), y)
+    share, error = swapped["share"], swapped["share_std_error"]
     test = dataset.test.with_labels()
     bound = pyrovae.log_px(vae.model, vae.guide, test, 10 if asked.smoke else 1000, seed=0)
     for name, figure in {
         "analogies": plotting.analogies(vae, x, y),
         "styles": plotting.styles(vae),
-        "plane": planes(train(dataset, 2, asked)),
+        "plane": planes(train(dataset, 2, epochs)),
     }.items():
-        figure.savefig(folder / f"conditional-{name}.png", dpi=110)
+        _results.save_figure(figure, folder / f"conditional-{name}.png")
     found = {
         "of_the_class_asked_for": share, "std_error": error, "judge_on_test_images": real,
         "log_px_given_y": bound.mean, "log_px_test_std_error": bound.test_std_error,
         "num_particles": bound.num_particles, "num_judged": len(x),
         "data": dataset.test.description,
-        "epochs": asked.epochs, "seconds": time.perf_counter() - start, "seed": 0,
+        "epochs": epochs, "seconds": time.perf_counter() - start, "seed": 0,
         "made_by": made_by(),
     }  # fmt: skip
     write_json(folder / "conditional.json", found)

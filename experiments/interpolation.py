@@ -3,7 +3,7 @@ r"""What lies between two images, and what does adding a difference of class mea
 Question: along straight and spherical paths between codes, what become of the norm, of the density
           under the prior and of a classifier's confidence? And does the code of a digit plus the
           difference of two classes' mean codes decode to the other class?
-Command:  python experiments/interpolation.py
+Command:  python experiments/interpolation.py [--data mnist --data-root DATA]
 Hardware: two cores, no GPU; a quarter of a minute.
 Expected: halfway between two draws of the prior in D dimensions a straight path has 0.71 of their
           norm, sqrt(D), and a spherical one all of it (White, 2016); log p(z) is then higher by D/4
@@ -23,13 +23,13 @@ References:
 
 from __future__ import annotations
 
-import argparse
 import math
 from typing import Any
 
 import _results
 import matplotlib.pyplot as plt
 import torch
+from _gallery import grey, markdown, parser, predicted
 from _training import fitted
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
@@ -46,14 +46,14 @@ ALL = slice(None)
 
 
 def pixels(split: Split) -> tuple[Any, Any]:
-    """Real grey images in [0, 1], a row each, and their labels."""
-    return (split.x.float() / split.x.max()).flatten(1).numpy(), split.y.numpy()
+    """Real grey images, a row each, and their labels."""
+    return grey(split).flatten(1).numpy(), split.y.numpy()
 
 
-def probabilities(classifier: Any, images: Tensor) -> Tensor:
-    """Of each class, shape `(*, 10)`, for images `(*, 1, height, width)`."""
-    rows = torch.from_numpy(classifier.predict_proba(images.flatten(0, -4).flatten(1)))
-    return rows.reshape(*images.shape[:-3], -1)
+def confidence(classifier: Any, images: Tensor) -> Tensor:
+    """Probability of the most probable class, shape `(*)`, for images `(*, 1, height, width)`."""
+    probs = classifier.predict_proba(images.flatten(0, -4).flatten(1).numpy())
+    return torch.from_numpy(probs).amax(-1).reshape(images.shape[:-3])
 
 
 def along(vae: pyrovae.VAE, classifier: Any, ends: tuple[Tensor, Tensor], path: Any) -> dict:
@@ -61,7 +61,7 @@ def along(vae: pyrovae.VAE, classifier: Any, ends: tuple[Tensor, Tensor], path: 
     z = vae.interpolate_latent(*ends, STEPS, path)
     with torch.no_grad():
         log_pz = vae.prior().log_prob(z)
-    sure = probabilities(classifier, vae.decode(z)).amax(-1)
+    sure = confidence(classifier, vae.decode(z))
     found = {"norm": z.norm(dim=-1), "log_pz": log_pz, "confidence": sure}
     return {name: value.mean(1).tolist() for name, value in found.items()} | {
         f"{name}_std_error": (value.std(1) / math.sqrt(value.shape[1])).tolist()
@@ -81,7 +81,7 @@ def taken_for(vae: pyrovae.VAE, test: Split, classifier: Any, moves: Tensor) -> 
     z, shares = vae.encode(test[ALL]), torch.zeros(10, 10)
     for label, each in enumerate(moves):
         decoded = vae.decode(z[test.y == label] + each[:, None])
-        found = probabilities(classifier, decoded).argmax(-1)
+        found = predicted(classifier, decoded)
         shares[label] = (found == torch.arange(10)[:, None]).float().mean(1)
     return shares
 
@@ -160,40 +160,33 @@ def measure(vae: pyrovae.VAE, dataset: Any, moves: Tensor) -> dict[str, Any]:
 
 def table(found: dict[str, Any], latent_dim: int) -> str:
     """What was promised beside what was expected."""
-    middle = STEPS // 2
-    lines = ["| halfway between | path | norm, of the ends' | log p(z), nats | confidence |"]
-    lines += ["|---|---|---|---|---|"]
+    middle, halfway, moved = STEPS // 2, [], []
     for ends, rows in found["paths"].items():
         for path, row in rows.items():
             norm = 2 * row["norm"][middle] / (row["norm"][0] + row["norm"][-1])
-            log_pz, sure = (f"{row[k][middle]:.2f}" for k in ("log_pz", "confidence"))
-            lines.append(f"| {ends} | {path} | {norm:.2f} | {log_pz} | {sure} |")
+            values = norm, row["log_pz"][middle], row["confidence"][middle]
+            halfway.append([ends, path, *(f"{value:.2f}" for value in values)])
     draws = found["paths"]["draws"]
     higher = draws["straight"]["log_pz"][middle] - draws["spherical"]["log_pz"][middle]
-    lines += ["", f"straight above spherical: {higher:.2f} nats; expected {latent_dim / 4:.2f}", ""]
-    lines += ["| from | to | share before | share after; expected above 0.5 |", "|---|---|---|---|"]
     for a, b in MOVES:
         before, after = (found["classes"][name][a][b] for name in ("before", "after"))
         error = math.sqrt(after * (1 - after) / found["num_test"][a])
-        lines.append(f"| {a} | {b} | {before:.2f} | {after:.2f} ± {error:.2f} |")
-    mean = found["mean"]
-    lines.append(f"| all 90 pairs | | {mean['before']:.2f} | {mean['after']:.2f} |")
+        moved.append([f"{a}", f"{b}", f"{before:.2f}", f"{after:.2f} ± {error:.2f}"])
+    moved.append(["all 90 pairs", "", *(f"{found['mean'][k]:.2f}" for k in ("before", "after"))])
     sure = found["accuracy"]
-    lines += [
-        "",
+    header = ["halfway between", "path", "norm, of the ends'", "log p(z), nats", "confidence"]
+    return "\n\n".join([
+        markdown(header, halfway),
+        f"straight above spherical: {higher:.2f} nats; expected {latent_dim / 4:.2f}",
+        markdown(["from", "to", "share before", "share after; expected above 0.5"], moved),
         f"the judge is right on {sure['images']:.2f} of the test images, and on "
         f"{sure['reconstructions']:.2f} of their reconstructions",
-    ]
-    return "\n".join(lines)
+    ])  # fmt: skip
 
 
 def main() -> None:
     """Train, measure, draw, tabulate."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default="digits", choices=("digits", "mnist"))
-    parser.add_argument("--data-root", help="folder with the data sets' files")
-    _results.add_flags(parser)
-    asked = parser.parse_args()
+    asked = parser(__doc__).parse_args()
     file = _results.folder(asked) / "interpolation.json"
     epochs = 2 if asked.smoke else {"digits": 200, "mnist": 20}[asked.data]
     settings = {"data": asked.data, "latent_dim": 16, "epochs": epochs, "seed": 0, "pairs": PAIRS}
@@ -203,7 +196,7 @@ def main() -> None:
     added = moves(vae, dataset.train)
     found = measure(vae, dataset, added)
     write_json(file, found | {"settings": settings, "made_by": made_by()})
-    picture(vae, dataset.test, added, found).savefig(file.with_suffix(".png"), dpi=150)
+    _results.save_figure(picture(vae, dataset.test, added, found), file.with_suffix(".png"))
     print(table(found, settings["latent_dim"]))
 
 
