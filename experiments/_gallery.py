@@ -1,6 +1,7 @@
 """What the scripts of the gallery share: flags, a model, a judge of images, tables."""
 
 import argparse
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -33,6 +34,12 @@ def bernoulli_vae(shape: tuple[int, ...], latent_dim: int, net: nets.Net = MLP) 
         likelihoods.Bernoulli(shape, latent_dim, net=net),
         guides.Normal(shape, latent_dim, net=net),
     )
+
+
+def elbo(model: Any, guide: Any, x: Any, num_particles: int) -> tuple[Tensor, float]:
+    """ELBO of each datum by two estimates, nats, and the Monte Carlo error of its mean."""
+    one, two = (pyrovae.elbo(model, guide, x, num_particles, seed=seed) for seed in (1, 2))
+    return (one + two) / 2, float((one - two).std()) / 2 / math.sqrt(len(one))
 
 
 def grey(split: Split) -> Tensor:

@@ -33,20 +33,20 @@ Writes experiments/results/autoencoder_vs_vae.json and .png.
 
 from __future__ import annotations
 
-import argparse
 import math
 from typing import Any
 
 import _results
 import matplotlib.pyplot as plt
 import torch
+from _gallery import MLP, grey, markdown, mean_and_error, parser
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KernelDensity
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 import pyrovae
-from pyrovae import guides, likelihoods, nets, objectives, priors
+from pyrovae import guides, likelihoods, objectives, priors
 from pyrovae.data import DataSet
 from pyrovae.plotting.images import show_grid
 from pyrovae.plotting.panels import as_numpy, scatter_by_label
@@ -66,11 +66,11 @@ def train(way: str, dataset: DataSet, latent_dim: int, epochs: int) -> pyrovae.V
     """A model of this many latents, with the weights of the last epoch."""
     guide, objective = WAYS[way]
     torch.manual_seed(0)
-    net, shape = nets.MLP(hidden=(200, 200)), dataset.shape
+    shape = dataset.shape
     vae = pyrovae.VAE(
         priors.StandardNormal(latent_dim),
-        likelihoods.Bernoulli(shape, latent_dim, net=net),
-        guide(shape, latent_dim, net=net),
+        likelihoods.Bernoulli(shape, latent_dim, net=MLP),
+        guide(shape, latent_dim, net=MLP),
     )
     pyrovae.fit(vae, dataset.train, objective=objective, epochs=epochs, progress=False)
     return vae
@@ -80,12 +80,12 @@ class Judge:
     """Real digits' density and classifier.
 
     Args:
-        grey: Grey levels in [0, 1] of each split, shape `(N, *shape)`.
+        x: Grey levels in [0, 1] of each split, shape `(N, *shape)`.
         y: Labels of the training split.
     """
 
-    def __init__(self, grey: dict[str, Tensor], y: Tensor):
-        flat = {name: as_numpy(x.flatten(1)) for name, x in grey.items()}
+    def __init__(self, x: dict[str, Tensor], y: Tensor):
+        flat = {name: as_numpy(split.flatten(1)) for name, split in x.items()}
         densities = [KernelDensity(bandwidth=width).fit(flat["test"]) for width in BANDWIDTHS]
         self.density = max(densities, key=lambda one: one.score(flat["valid"]))
         self.classifier = LogisticRegression(max_iter=2000).fit(flat["train"], y.numpy())
@@ -101,12 +101,6 @@ class Judge:
             **mean_and_error("entropy", entropy),
             "implausible": float((log_density < self.floor).double().mean()),
         }
-
-
-def mean_and_error(name: str, values: Tensor) -> dict[str, float]:
-    """The mean of values `(N,)`, and its standard error."""
-    error = float(values.double().std()) / math.sqrt(len(values))
-    return {name: float(values.mean()), f"{name}_std_error": error}
 
 
 def random_codes(vae: pyrovae.VAE, dataset: DataSet, num: int) -> dict[str, Tensor]:
@@ -165,51 +159,49 @@ def picture(
 
 def table(rows: dict[str, Any], real: dict[str, float]) -> str:
     """The rows as README shows them."""
-    lines = [
-        "| model, latents | largest / mean step | log density, nats, of codes from a fitted normal "
-        "| from N(0, I) | implausible | from N(0, I) | entropy of the label | from N(0, I) |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    formats = {"log_density": ".1f", "implausible": ".1%", "entropy": ".2f"}
+    header = ["model, latents", "largest / mean step"]
+    for words in ("log density, nats", "implausible", "entropy of the label"):
+        header += [f"{words}, codes from a fitted normal", "from N(0, I)"]
+    lines = []
     for name, row in rows.items():
-        cells = [f"{row['continuity']:.2f} ± {row['continuity_std_error']:.2f}"]
-        for key, digits in (("log_density", ".1f"), ("implausible", ".1%"), ("entropy", ".2f")):
-            cells += [format(row[source][key], digits) for source in ("fitted", "standard")]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    last = f"{real['log_density']:.1f} | | {real['implausible']:.1%} | | {real['entropy']:.2f} | |"
-    return "\n".join([*lines, f"| real digits | | {last}"])
+        lines.append([name, f"{row['continuity']:.2f} ± {row['continuity_std_error']:.2f}"])
+        for key, how in formats.items():
+            lines[-1] += [format(row[source][key], how) for source in ("fitted", "standard")]
+    last = ["real digits", ""]
+    for key, how in formats.items():
+        last += [format(real[key], how), ""]
+    return markdown(header, [*lines, last])
+
+
+def above(one: dict[str, float], other: dict[str, float], name: str) -> str:
+    """Whether a mean is above another by more than two standard errors, in words."""
+    error = math.hypot(one[f"{name}_std_error"], other[f"{name}_std_error"])
+    return "confirmed" if one[name] - other[name] > 2 * error else "not confirmed"
 
 
 def verdict(rows: dict[str, Any], latent_dim: int) -> str:
     """What was expected beside what was found."""
     plain, vae = (rows[f"{way}, {latent_dim}"] for way in ("autoencoder", "VAE"))
-    found = [(vae["continuity"], vae["continuity_std_error"])]
-    found += [(plain["continuity"], plain["continuity_std_error"])]
-    one, other = vae[source_of("VAE")], plain[source_of("autoencoder")]
-    found += [(d["log_density"], d["log_density_std_error"]) for d in (one, other)]
-    (a, a_error), (b, b_error), (c, c_error), (d, d_error) = found
-    even = b - a > 2 * math.hypot(a_error, b_error)
-    whole = c - d > 2 * math.hypot(c_error, d_error)
+    drawn, fitted = vae[source_of("VAE")], plain[source_of("autoencoder")]
     return (
-        f"{latent_dim} latents, VAE against autoencoder: expected more continuous, found {a:.2f} "
-        f"against {b:.2f} ({'' if even else 'not '}confirmed); expected more complete, found "
-        f"{c:.1f} against {d:.1f} nats ({'' if whole else 'not '}confirmed)"
+        f"{latent_dim} latents, VAE against autoencoder: expected more continuous, found "
+        f"{vae['continuity']:.2f} against {plain['continuity']:.2f} "
+        f"({above(plain, vae, 'continuity')}); expected more complete, found "
+        f"{drawn['log_density']:.1f} against {fitted['log_density']:.1f} nats "
+        f"({above(drawn, fitted, 'log_density')})"
     )
 
 
 def main() -> None:
     """Train each way with each number of latents, measure, draw."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default="digits", choices=("digits", "mnist"))
-    parser.add_argument("--data-root", help="folder with the data sets' files")
-    _results.add_flags(parser)
-    asked = parser.parse_args()
+    asked = parser(__doc__).parse_args()
     file = _results.folder(asked) / "autoencoder_vs_vae.json"
     epochs = 2 if asked.smoke else {"digits": 200, "mnist": 20}[asked.data]
     num = 50 if asked.smoke else 1000
     dataset = pyrovae.data.load(asked.data, asked.data_root)
-    splits = {"train": dataset.train, "valid": dataset.valid, "test": dataset.test}
-    grey = {n: split.x[:5000] / dataset.preprocess.max_value for n, split in splits.items()}
-    judge = Judge(grey, dataset.train.y[:5000])
+    x = {split.name: grey(split)[:5000] for split in (dataset.train, dataset.valid, dataset.test)}
+    judge = Judge(x, dataset.train.y[:5000])
     rows, vaes = {}, {}
     for latent_dim in LATENT_DIMS:
         for way in WAYS:
@@ -217,8 +209,8 @@ def main() -> None:
             found = measure(vae, dataset, dataset.test[slice(0, 1000)], judge, num)
             vaes[way, latent_dim], rows[f"{way}, {latent_dim}"] = vae, found
             print(way, latent_dim, found, flush=True)
-    real = judge(grey["train"])
-    accuracy = judge.classifier.score(as_numpy(grey["test"].flatten(1)), dataset.test.y[:5000])
+    real = judge(x["train"])
+    accuracy = judge.classifier.score(as_numpy(x["test"].flatten(1)), dataset.test.y[:5000])
     settings = {
         "data": dataset.test.description, "epochs": epochs, "num_codes": num, "seed": 0,
         "num_steps": NUM_STEPS, "bandwidth": judge.density.bandwidth,

@@ -22,17 +22,16 @@ experiments/results/gradient_estimators.json and .png.
 
 from __future__ import annotations
 
-import argparse
 import copy
 from typing import Any
 
 import _results
 import matplotlib.pyplot as plt
 import torch
+from _gallery import bernoulli_vae, markdown, parser
 from torch import Tensor
 
 import pyrovae
-from pyrovae import guides, likelihoods, nets, priors
 from pyrovae.objectives import ELBO, Objective, ScoreFunction, StickingTheLanding
 from pyrovae.runs import made_by, write_json
 
@@ -48,17 +47,14 @@ REFERENCE = "reparameterized"
 LATENTS, BATCH, DIRECTIONS = 20, 64, 20
 SNAPSHOTS = (0, 2, 5, 10, 30, 100)
 """Epochs after which gradients are looked at."""
+Found = dict[int, dict[str, dict[str, Any]]]
+"""By epoch and estimator."""
 
 
 def snapshots(dataset: pyrovae.data.DataSet, epochs: int) -> dict[int, pyrovae.VAE]:
     """Copies of a VAE as it is trained, by epoch."""
     torch.manual_seed(0)
-    net = nets.MLP(hidden=(200, 200))
-    vae = pyrovae.VAE(
-        priors.StandardNormal(LATENTS),
-        likelihoods.Bernoulli(dataset.shape, LATENTS, net=net),
-        guides.Normal(dataset.shape, LATENTS, net=net),
-    )
+    vae = bernoulli_vae(dataset.shape, LATENTS)
     vae.initialize(dataset.train[:])
     kept = {0: copy.deepcopy(vae)}
 
@@ -111,57 +107,64 @@ def compared(vae: pyrovae.VAE, x: Tensor, repeats: int, seed: int) -> dict[str, 
     return rows
 
 
-def figure(found: dict[int, dict[str, dict[str, Any]]]) -> plt.Figure:
+def z_scores(found: Found, name: str) -> Tensor:
+    """Differences from the reference in standard errors, over all snapshots and directions."""
+    return torch.tensor([z for rows in found.values() for z in rows[name].get("z", [])])
+
+
+def variances(axis: plt.Axes, found: Found) -> None:
+    """Variance of each estimator over training."""
+    epochs = list(found)
+    for name, marker in zip(ESTIMATORS, "os^Dv", strict=True):
+        values = [rows[name]["variance"] for rows in found.values()]
+        axis.plot(epochs, values, f"{marker}-", ms=4, label=name)
+    signal = [rows[REFERENCE]["signal"] for rows in found.values()]
+    axis.plot(epochs, signal, "k--", lw=1, label="squared norm of the mean gradient")
+    axis.set(xlabel="epoch", ylabel="variance, summed over parameters (nats$^2$)", yscale="log")
+    axis.set_xscale("symlog", linthresh=2)
+    axis.set_xlim(left=-0.1)
+    axis.set_xticks(epochs, [str(epoch) for epoch in epochs])
+    axis.minorticks_off()
+    axis.set_title(f"Gradient in the guide's parameters, K = {K}")
+
+
+def agreement(axis: plt.Axes, found: Found) -> None:
+    """Shares of z-scores below each value."""
+    for i, name in enumerate(ESTIMATORS):
+        z = z_scores(found, name).sort().values
+        axis.plot(z, (torch.arange(len(z)) + 0.5) / len(z), color=f"C{i}", lw=1.2)
+    line = torch.linspace(-3.5, 3.5, 200)
+    axis.plot(line, torch.distributions.Normal(0.0, 1.0).cdf(line), "k:", lw=1.5)
+    axis.set(xlabel="difference of means, standard errors", ylabel="share below")
+    axis.set_title("Means against the first estimator's\n(dotted: standard normal)", fontsize=10)
+
+
+def figure(found: Found) -> plt.Figure:
     """Variance of each estimator over training, and the agreement of their means."""
     drawn, (left, right) = plt.subplots(
         1, 2, figsize=(9, 3.9), layout="constrained", width_ratios=(1.6, 1)
     )
-    epochs = list(found)
-    for name, marker in zip(ESTIMATORS, "os^Dv", strict=True):
-        left.plot(
-            epochs, [found[e][name]["variance"] for e in epochs], f"{marker}-", ms=4, label=name
-        )
-    signal = [found[e][REFERENCE]["signal"] for e in epochs]
-    left.plot(epochs, signal, "k--", lw=1, label="squared norm of the mean gradient")
-    left.set(xlabel="epoch", ylabel="variance, summed over parameters (nats$^2$)", yscale="log")
-    left.set_xscale("symlog", linthresh=2)
-    left.set_xlim(left=-0.1)
-    left.set_xticks(epochs, [str(epoch) for epoch in epochs])
-    left.minorticks_off()
-    left.set_title(f"Gradient in the guide's parameters, K = {K}")
+    variances(left, found)
+    agreement(right, found)
     drawn.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    for i, name in enumerate(ESTIMATORS):
-        z = [v for e in epochs for v in found[e][name].get("z", [])]
-        right.plot(sorted(z), [(j + 0.5) / len(z) for j in range(len(z))], color=f"C{i}", lw=1.2)
-    line = torch.linspace(-3.5, 3.5, 200)
-    right.plot(line, torch.distributions.Normal(0.0, 1.0).cdf(line), "k:", lw=1.5)
-    right.set(xlabel="difference of means, standard errors", ylabel="share below")
-    right.set_title("Means against the first estimator's\n(dotted: standard normal)", fontsize=10)
     return drawn
 
 
-def report(found: dict[int, dict[str, dict[str, Any]]]) -> None:
+def table(found: Found) -> str:
     """Variances relative to the reference, and z-scores."""
-    epochs = list(found)
-    print("| variance / reparameterized | " + " | ".join(f"epoch {e}" for e in epochs)
-          + " | z: standard deviation | largest of |")  # fmt: skip
-    print("|---" * (len(epochs) + 3) + "|")
+    header = ["variance / reparameterized", *(f"epoch {epoch}" for epoch in found)]
+    lines = []
     for name in ESTIMATORS:
-        ratios = [found[e][name]["variance"] / found[e][REFERENCE]["variance"] for e in epochs]
-        cells = [f"{ratio:.3g}" for ratio in ratios]
-        z = torch.tensor([v for e in epochs for v in found[e][name].get("z", [])])
-        cells += [f"{z.std():.2f}", f"{len(z)}: {z.abs().max():.1f}"] if len(z) else ["", ""]
-        print(f"| {name} | " + " | ".join(cells) + " |")
-    print("expected: score function 100 and more, sticking the landing below 1 late; z 1, below 4")
+        of = [rows[name]["variance"] / rows[REFERENCE]["variance"] for rows in found.values()]
+        z = z_scores(found, name)
+        last = [f"{z.std():.2f}", f"{len(z)}: {z.abs().max():.1f}"] if len(z) else ["", ""]
+        lines.append([name, *(f"{ratio:.3g}" for ratio in of), *last])
+    return markdown([*header, "z: standard deviation", "largest of"], lines)
 
 
 def main() -> None:
     """Train, take gradients at each snapshot, compare, draw."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default="digits")
-    parser.add_argument("--data-root", help="folder with the data sets' files")
-    _results.add_flags(parser)
-    asked = parser.parse_args()
+    asked = parser(__doc__, data=None).parse_args()
     file = _results.folder(asked) / "gradient_estimators.json"
     epochs, repeats = (1, 5) if asked.smoke else (100 if asked.data == "digits" else 20, 200)
     dataset = pyrovae.data.load(asked.data, asked.data_root)
@@ -176,8 +179,9 @@ def main() -> None:
         "epochs": epochs, "seed": 0, "data": dataset.train.description, "made_by": made_by(),
     }  # fmt: skip
     write_json(file, {"snapshots": found} | settings)
-    figure(found).savefig(file.with_suffix(".png"), dpi=150, pil_kwargs={"optimize": True})
-    report(found)
+    _results.save_figure(figure(found), file.with_suffix(".png"))
+    print(table(found))
+    print("expected: score function 100 and more, sticking the landing below 1 late; z 1, below 4")
 
 
 if __name__ == "__main__":
