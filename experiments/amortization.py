@@ -23,7 +23,6 @@ Writes experiments/results/amortization.json and .png.
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from typing import Any
@@ -31,39 +30,37 @@ from typing import Any
 import _results
 import matplotlib.pyplot as plt
 import torch
+from _gallery import bernoulli_vae, elbo, markdown, parser
 from torch import Tensor
 
 import pyrovae
-from pyrovae import evidence, guides, likelihoods, nets, priors
+from pyrovae import evidence
 from pyrovae.data import DataSet
 from pyrovae.runs import made_by, write_json
 
 STARTS = {"constant": "fitted from one start", "guide": "network, then fitted"}
 STEPS = (0, 3, 10, 30, 100, 200)
 LATENT_DIM = 20
+HEADER = ("q(z given x)", "steps", "seconds", "ELBO, nats")
+Row = dict[str, float]
+Runs = dict[str, list[Row]]
 
 
 def train(dataset: DataSet, epochs: int) -> pyrovae.VAE:
     """A VAE with the best weights by validation ELBO."""
     torch.manual_seed(0)
-    net, shape = nets.MLP(hidden=(200, 200)), dataset.shape
-    vae = pyrovae.VAE(
-        priors.StandardNormal(LATENT_DIM),
-        likelihoods.Bernoulli(shape, LATENT_DIM, net=net),
-        guides.Normal(shape, LATENT_DIM, net=net),
-    )
+    vae = bernoulli_vae(dataset.shape, LATENT_DIM)
     pyrovae.fit(vae, dataset.train, valid=dataset.valid, epochs=epochs, progress=False)
     return vae
 
 
-def bound(program: Any, num_particles: int) -> dict[str, float]:
+def bound(program: Any, num_particles: int) -> Row:
     """ELBO of a model, a guide and data, with its Monte Carlo error: nats per datum."""
-    one, two = (pyrovae.elbo(*program, num_particles, seed=seed) for seed in (1, 2))
-    error = float((one - two).std()) / 2 / math.sqrt(len(one))
-    return {"elbo": float((one + two).mean()) / 2, "elbo_std_error": error}
+    values, error = elbo(*program, num_particles)
+    return {"elbo": float(values.mean()), "elbo_std_error": error}
 
 
-def network(vae: pyrovae.VAE, x: Tensor, num_particles: int) -> dict[str, float]:
+def network(vae: pyrovae.VAE, x: Tensor, num_particles: int) -> Row:
     """Seconds and ELBO of the network alone."""
     vae.encode(x)  # the first call pays for setting up
     start = time.perf_counter()
@@ -72,9 +69,7 @@ def network(vae: pyrovae.VAE, x: Tensor, num_particles: int) -> dict[str, float]
     return {"steps": 0, "seconds": seconds} | bound((vae.model, vae.guide, x), num_particles)
 
 
-def fitted(
-    vae: pyrovae.VAE, x: Tensor, start: str, steps: int, num_particles: int
-) -> dict[str, float]:
+def fitted(vae: pyrovae.VAE, x: Tensor, start: str, steps: int, num_particles: int) -> Row:
     """Seconds and ELBO of q(z|x) fitted to each datum in this many steps."""
     begun = time.perf_counter()
     refined = evidence.refine(vae.model, vae.guide, x, steps=steps, start=start, seed=0)
@@ -82,99 +77,93 @@ def fitted(
     return {"steps": steps, "seconds": seconds} | bound(refined, num_particles)
 
 
-def picture(
-    alone: dict[str, float], runs: dict[str, list[dict[str, float]]], gaps: dict[str, Any]
-) -> plt.Figure:
+def curves(axis: plt.Axes, alone: Row, runs: Runs, best: float) -> None:
+    """ELBO by seconds of the three ways, up to log p(x)."""
+    axis.plot(alone["seconds"], alone["elbo"], "C0s", ms=7, label="network")
+    axis.axhline(alone["elbo"], color="C0", ls=":", lw=1)
+    low = alone["elbo"]
+    for (start, rows), style in zip(runs.items(), ("C1o-", "C2^--"), strict=True):
+        seconds, elbos = ([row[key] for row in rows] for key in ("seconds", "elbo"))
+        axis.plot(seconds, elbos, style, label=STARTS[start])
+        low = min(low, *elbos)
+    axis.axhline(best, color="0.4", ls="--", lw=1, label="log p(x), annealed bound")
+    axis.set(xscale="log", ylabel="ELBO, nats per datum", title="ELBO by seconds")
+    axis.set_ylim(bottom=max(low, best - 4))
+    axis.legend(loc="lower left")
+
+
+def bars(axis: plt.Axes, gaps: dict[str, Any]) -> None:
+    """Approximation and amortization gap on top of each other, a bar for each part of the data."""
+    bottom = torch.zeros(len(gaps))
+    for part, colour, hatch in (("approximation", "C0", ""), ("amortization", "C1", "//")):
+        sizes = torch.tensor([one[f"{part}_gap"] for one in gaps.values()])
+        drawn = axis.bar(list(gaps), sizes, bottom=bottom, color=colour, hatch=hatch, label=part)
+        axis.bar_label(
+            drawn, fmt="{:.2f}", label_type="center", bbox={"fc": "w", "ec": "none", "pad": 1}
+        )
+        bottom = bottom + sizes
+    axis.set(title="log p(x) less the ELBO", ylabel="nats per datum")
+    axis.set_ylim(0, 1.4 * float(bottom.max()))
+    axis.legend(loc="upper left")
+
+
+def picture(alone: Row, runs: Runs, gaps: dict[str, Any]) -> plt.Figure:
     """ELBO by seconds of the three ways, and the gaps of training and test data."""
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(9, 3.8), width_ratios=(3, 2), layout="constrained"
     )
-    best, seen = gaps["test"]["log_px"], [alone, *(row for rows in runs.values() for row in rows)]
-    left.plot(alone["seconds"], alone["elbo"], "C0s", ms=7, label="network")
-    left.axhline(alone["elbo"], color="C0", ls=":", lw=1)
-    for (start, rows), style in zip(runs.items(), ("C1o-", "C2^--"), strict=True):
-        left.plot(
-            [r["seconds"] for r in rows], [r["elbo"] for r in rows], style, label=STARTS[start]
-        )
-    left.axhline(best, color="0.4", ls="--", lw=1, label="log p(x), annealed bound")
-    low = min(row["elbo"] for row in seen)
-    left.set(xscale="log", xlabel=f"seconds for {gaps['test']['num_data']} test data")
-    left.set(
-        ylabel="ELBO, nats per datum", title="ELBO by seconds", ylim=(max(low, best - 4), None)
-    )
-    left.legend(loc="lower left")
-    bottom = [0.0] * len(gaps)
-    for part, colour, hatch in (("approximation", "C0", ""), ("amortization", "C1", "//")):
-        sizes = [one[f"{part}_gap"] for one in gaps.values()]
-        bars = right.bar(list(gaps), sizes, bottom=bottom, color=colour, hatch=hatch, label=part)
-        right.bar_label(bars, [f"{size:.2f}" for size in sizes], label_type="center", color="k",
-                        bbox={"fc": "w", "ec": "none", "pad": 1})  # fmt: skip
-        bottom = [a + b for a, b in zip(bottom, sizes, strict=True)]
-    right.set(title="log p(x) less the ELBO", ylabel="nats per datum", ylim=(0, 1.4 * max(bottom)))
-    right.legend(loc="upper left")
+    curves(left, alone, runs, gaps["test"]["log_px"])
+    left.set_xlabel(f"seconds for {gaps['test']['num_data']} test data")
+    bars(right, gaps)
     return figure
 
 
-def table(
-    alone: dict[str, float], runs: dict[str, list[dict[str, float]]], gaps: dict[str, Any]
-) -> str:
+def table(alone: Row, runs: Runs, gaps: dict[str, Any]) -> str:
     """The rows as README shows them."""
+
+    def cell(row: dict[str, Any], name: str, error: str) -> str:
+        return f"{row[name]:.3f} ± {row[f'{name}_{error}']:.3f}"
+
     named = [("network", alone), *((STARTS[s], row) for s, rows in runs.items() for row in rows)]
-    lines = ["| q(z given x) | steps | seconds | ELBO, nats |", "|---|---|---|---|"]
-    lines += [
-        f"| {name} | {row['steps']} | {row['seconds']:.3g} "
-        f"| {row['elbo']:.3f} ± {row['elbo_std_error']:.3f} |"
+    fits = [
+        [name, f"{row['steps']}", f"{row['seconds']:.3g}", cell(row, "elbo", "std_error")]
         for name, row in named
     ]
-    lines += [
-        "",
-        "| data | log p(x) ≥ | approximation gap | amortization gap |",
-        "|---|---|---|---|",
-    ]
-    lines += [
-        f"| {name} | {one['log_px']:.2f} "
-        f"| {one['approximation_gap']:.3f} ± {one['approximation_gap_mean_std_error']:.3f} "
-        f"| {one['amortization_gap']:.3f} ± {one['amortization_gap_mean_std_error']:.3f} |"
+    parts = ("approximation", "amortization")
+    of_gaps = [
+        [name, f"{one['log_px']:.2f}", *(cell(one, f"{p}_gap", "mean_std_error") for p in parts)]
         for name, one in gaps.items()
     ]
-    return "\n".join(lines)
+    header = ["data", "log p(x) ≥", *(f"{part} gap" for part in parts)]
+    return f"{markdown(HEADER, fits)}\n\n{markdown(header, of_gaps)}"
 
 
-def verdict(
-    alone: dict[str, float], runs: dict[str, list[dict[str, float]]], gaps: dict[str, Any]
-) -> str:
+def verdict(alone: Row, runs: Runs, gaps: dict[str, Any]) -> str:
     """What was expected beside what was found."""
-    reached = [row for row in runs["constant"] if row["elbo"] >= alone["elbo"]]
-    last = {start: rows[-1] for start, rows in runs.items()}
-    apart = last["guide"]["elbo"] - last["constant"]["elbo"]
-    noise = math.hypot(*(row["elbo_std_error"] for row in last.values()))
+    first = "one start for all does not reach the network"
+    for row in reversed(runs["constant"]):
+        if row["elbo"] >= alone["elbo"]:
+            first = (
+                f"one start for all reaches the network ({1000 * alone['seconds']:.1f} ms) in "
+                f"{row['steps']} steps and {row['seconds']:.1f} s"
+            )
     gains = [a["elbo"] - b["elbo"] for a, b in zip(runs["guide"], runs["constant"], strict=True)]
-    ahead, behind = (sum(sign * g > 2 * noise for g in gains) for sign in (1, -1))
+    noise = math.hypot(*(rows[-1]["elbo_std_error"] for rows in runs.values()))
+    ahead, behind = (sum(sign * gain > 2 * noise for gain in gains) for sign in (1, -1))
     more = gaps["test"]["amortization_gap"] - gaps["train"]["amortization_gap"]
-    error = math.hypot(*(one["amortization_gap_data_std_error"] for one in gaps.values()))
-    if reached:
-        much = f"{reached[0]['steps']} steps and {reached[0]['seconds']:.1f} s"
-        against = f"{1000 * alone['seconds']:.1f} ms"
-        first = f"one start for all reaches the network ({against}) in {much}"
-    else:
-        first = "one start for all does not reach the network"
+    error = math.hypot(*(one["amortization_gap_test_std_error"] for one in gaps.values()))
     return (
-        f"{first}\nsame optimum from both starts: expected a difference of 0, found {apart:.4f} ± "
-        f"{noise:.4f} nats after {STEPS[-1]} steps\nfitting from the network: expected ahead, and "
-        f"level at the end; found ahead at {ahead} of {len(gains)} numbers of steps, behind at "
-        f"{behind}\n"
-        f"amortization gap of test less training data: expected above 0, found {more:.3f} ± "
-        f"{error:.3f} nats"
+        f"{first}\nsame optimum from both starts: expected a difference of 0, found "
+        f"{gains[-1]:.4f} ± {noise:.4f} nats after {STEPS[-1]} steps\nfitting from the network: "
+        f"expected ahead, and level at the end; found ahead at {ahead} of {len(gains)} numbers of "
+        f"steps, behind at {behind}\namortization gap of test less training data: expected above "
+        f"0, found {more:.3f} ± {error:.3f} nats"
     )
 
 
 def main() -> None:
     """Train, fit each datum from both starts, split the gap, draw."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default="digits", choices=("digits", "mnist"))
-    parser.add_argument("--data-root", help="folder with the data sets' files")
-    _results.add_flags(parser)
-    asked = parser.parse_args()
+    asked = parser(__doc__).parse_args()
     file = _results.folder(asked) / "amortization.json"
     epochs = 2 if asked.smoke else {"digits": 100, "mnist": 20}[asked.data]
     num_data, draws = (10, 20) if asked.smoke else (300, 500)

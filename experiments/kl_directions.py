@@ -27,6 +27,7 @@ import matplotlib.pyplot as plt
 import pyro
 import pyro.distributions as dist
 import torch
+from _gallery import markdown
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from torch import Tensor, nn
@@ -187,6 +188,31 @@ def figure(fits: dict[tuple[str, str], Fit], rows: dict[str, Any]) -> plt.Figure
     return drawn
 
 
+def report(found: dict[str, Any]) -> str:
+    """Each number beside the one expected."""
+    keys = "KL(q || p)", "KL(p || q)", "left_of_0"
+    fits = [
+        [family, direction, *(f"{row[key]:.3f}" for key in keys)]
+        for family, by in found["fits"].items()
+        for direction, row in by.items()
+    ]
+    lines = [
+        markdown(["q", "fitted by", *keys[:2], "mass at z1 < 0 (target 0.6)"], fits),
+        f"\none mode costs -log w = {found['minus_log_weight']:.3f}",
+        f"the normal with the target's moments has KL(p || q) = {found['best_normal']:.3f}",
+    ]
+    for name in ("mean", "covariance"):
+        values = (torch.tensor(found[key]).flatten().tolist() for key in (name, f"target_{name}"))
+        fitted, expected = ([round(v, 3) for v in each] for each in values)
+        lines.append(f"{name} by KL(p || q): {fitted} (target: {expected})")
+    lines += [
+        f"KL between normals: {row['closed_form']:.4f}, torch's {row['torch']:.4f}, "
+        f"Monte Carlo {row['monte_carlo']:.4f} ({row['std_error']:.4f})"
+        for row in found["closed_form"]
+    ]
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Fit each family in each direction, measure both KLs, draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -215,31 +241,8 @@ def main() -> None:
         "made_by": made_by(),
     }  # fmt: skip
     write_json(file, found)
-    figure(fits, rows).savefig(file.with_suffix(".png"), dpi=150, pil_kwargs={"optimize": True})
-    report(found)
-
-
-def report(found: dict[str, Any]) -> None:
-    """Each number beside the one expected."""
-    print("\n| q | fitted by | KL(q || p) | KL(p || q) | mass at z1 < 0 (target 0.6) |")
-    print("|---|---|---|---|---|")
-    for family, by in found["fits"].items():
-        for direction, row in by.items():
-            print(
-                f"| {family} | {direction} | {row['KL(q || p)']:.3f} | {row['KL(p || q)']:.3f} "
-                f"| {row['left_of_0']:.3f} |"
-            )
-    print(f"\none mode costs -log w = {found['minus_log_weight']:.3f}")
-    print(f"the normal with the target's moments has KL(p || q) = {found['best_normal']:.3f}")
-    for name in ("mean", "covariance"):
-        told = [[round(v, 3) for v in torch.tensor(found[k]).flatten().tolist()]
-                for k in (name, f"target_{name}")]  # fmt: skip
-        print(f"{name} by KL(p || q): {told[0]} (target: {told[1]})")
-    for row in found["closed_form"]:
-        print(
-            f"KL between normals: {row['closed_form']:.4f}, torch's {row['torch']:.4f}, "
-            f"Monte Carlo {row['monte_carlo']:.4f} ({row['std_error']:.4f})"
-        )
+    _results.save_figure(figure(fits, rows), file.with_suffix(".png"))
+    print(report(found))
 
 
 if __name__ == "__main__":

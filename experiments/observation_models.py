@@ -24,7 +24,6 @@ Writes experiments/results/observation_models.json and .png.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
 from typing import Any
@@ -32,33 +31,35 @@ from typing import Any
 import _results
 import matplotlib.pyplot as plt
 import torch
+from _gallery import MLP, markdown, parser
 from torch import Tensor
 
 import pyrovae
-from pyrovae import evidence, guides, likelihoods, nets, priors
+from pyrovae import evidence, guides, likelihoods, priors
 from pyrovae.data import DataSet
 from pyrovae.plotting.images import show_grid
 from pyrovae.runs import made_by, write_json
 
 VARIANCES = (0.0005, 0.002, 0.008, 0.03, 0.12, 0.5)
+FIXED = tuple(map(str, VARIANCES))
 OTHERS = ("learned c", "ContinuousBernoulli", "Bernoulli")
 LATENT_DIM = 10
 
 
-def likelihood(name: str, shape: tuple[int, ...], net: nets.Net) -> likelihoods.Likelihood:
+def likelihood(name: str, shape: tuple[int, ...]) -> likelihoods.Likelihood:
     """The likelihood of this row."""
     if name in ("ContinuousBernoulli", "Bernoulli"):
-        return getattr(likelihoods, name)(shape, LATENT_DIM, net=net)
+        return getattr(likelihoods, name)(shape, LATENT_DIM, net=MLP)
     scale: Any = "learned" if name == "learned c" else math.sqrt(float(name))
-    return likelihoods.Normal(shape, LATENT_DIM, net=net, scale=scale)
+    return likelihoods.Normal(shape, LATENT_DIM, net=MLP, scale=scale)
 
 
 def train(name: str, dataset: DataSet, epochs: int) -> pyrovae.VAE:
     """A VAE with this likelihood, with the best weights by validation ELBO."""
     torch.manual_seed(0)
-    net, shape = nets.MLP(hidden=(200, 200)), dataset.shape
-    guide = guides.Normal(shape, LATENT_DIM, net=net)
-    vae = pyrovae.VAE(priors.StandardNormal(LATENT_DIM), likelihood(name, shape, net), guide)
+    shape = dataset.shape
+    guide = guides.Normal(shape, LATENT_DIM, net=MLP)
+    vae = pyrovae.VAE(priors.StandardNormal(LATENT_DIM), likelihood(name, shape), guide)
     pyrovae.fit(
         vae, dataset.train, valid=dataset.valid, epochs=epochs, clip_norm=100, progress=False
     )
@@ -110,35 +111,43 @@ def measure(
     }
 
 
+def trade_off(axis: plt.Axes, rows: dict[str, Any]) -> None:
+    """Squared error over rate."""
+    at = {name: (row["rate"], row["squared_error"]) for name, row in rows.items()}
+    axis.plot(*zip(*(at[name] for name in FIXED), strict=True), "o-", label="fixed c")
+    axis.plot(*at["learned c"], "C1*", ms=12, label="learned c")
+    axis.plot(*at["ContinuousBernoulli"], "C2s", label="continuous Bernoulli")
+    for name in FIXED:
+        axis.annotate(name, at[name], (5, 5), textcoords="offset points", size=8)
+    axis.set(xlabel="rate, nats per datum", ylabel="squared error per pixel", yscale="log")
+    axis.set_title("Rate and distortion, at the c written beside")
+    axis.margins(x=0.22, y=0.12)
+    axis.legend()
+
+
+def cost(axis: plt.Axes, rows: dict[str, Any]) -> None:
+    """Bits per dimension over c."""
+    bits = {name: row["log_px"]["bits_per_dim"] for name, row in rows.items()}
+    axis.plot(VARIANCES, [bits[name] for name in FIXED], "o-", label="fixed c")
+    axis.plot(rows["learned c"]["c"], bits["learned c"], "C1*", ms=12, label="learned c")
+    axis.axhline(bits["ContinuousBernoulli"], color="C2", ls="--", label="continuous Bernoulli")
+    axis.set(xlabel="c", ylabel="bits per dimension (less is better)", xscale="log")
+    axis.set_title("$-\\log_2$ p(x) of the same grey test data")
+    axis.legend()
+
+
 def picture(rows: dict[str, Any], vaes: dict[str, pyrovae.VAE], grey: Tensor) -> plt.Figure:
     """Rate and squared error over c, log p(x) over c, and samples of each model."""
     figure = plt.figure(figsize=(9, 8), layout="constrained")
     axes = figure.subplot_mosaic([["curve", "bits"], ["strip", "strip"]], height_ratios=(3, 4))
-    curve, bits, strip = axes.values()
-    shown = {name: row for name, row in rows.items() if name != "Bernoulli"}
-    at = {name: (row["rate"], row["squared_error"]) for name, row in shown.items()}
-    cost = {name: row["log_px"]["bits_per_dim"] for name, row in shown.items()}
-    fixed, (learned, continuous) = list(map(str, VARIANCES)), OTHERS[:2]
-    curve.plot(*zip(*(at[n] for n in fixed), strict=True), "o-", label="fixed c")
-    curve.plot(*at[learned], "C1*", ms=12, label=learned)
-    curve.plot(*at[continuous], "C2s", label="continuous Bernoulli")
-    for name in fixed:
-        curve.annotate(name, at[name], (5, 5), textcoords="offset points", size=8)
-    curve.set(xlabel="rate, nats per datum", ylabel="squared error per pixel", yscale="log")
-    curve.set_title("Rate and distortion, at the c written beside")
-    curve.margins(x=0.22, y=0.12)
-    curve.legend()
-    bits.plot(VARIANCES, [cost[n] for n in fixed], "o-", label="fixed c")
-    bits.plot(rows[learned]["c"], cost[learned], "C1*", ms=12, label=learned)
-    bits.axhline(cost[continuous], color="C2", ls="--", label="continuous Bernoulli")
-    bits.set(xlabel="c", ylabel="bits per dimension (less is better)", xscale="log")
-    bits.set_title("$-\\log_2$ p(x) of the same grey test data")
-    bits.legend()
+    trade_off(axes["curve"], rows)
+    cost(axes["bits"], rows)
     torch.manual_seed(0)
     z = torch.randn(20, LATENT_DIM)
     tiles = torch.stack([grey[:20], *(vae.decode(z) for vae in vaes.values())])
-    _, down = show_grid(strip, tiles, (0, 1), "Data, and means of p(x|z) for z from the prior")
-    strip.set_yticks(down, ["data", *map(label, vaes)])
+    title = "Data, and means of p(x|z) for z from the prior"
+    _, down = show_grid(axes["strip"], tiles, (0, 1), title)
+    axes["strip"].set_yticks(down, ["data", *map(label, vaes)])
     return figure
 
 
@@ -149,26 +158,24 @@ def label(name: str) -> str:
 
 def table(rows: dict[str, Any]) -> str:
     """The rows as README shows them."""
-    lines = [
-        "| p(x given z) | c | rate, nats | squared error per pixel | log p(x) ≥, nats "
-        "| bits / dim ≤ | sharpness of reconstructions, data = 1 | of samples |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    header = ["p(x given z)", "c", "rate, nats", "squared error per pixel", "log p(x) ≥, nats"]
+    header += ["bits / dim ≤", "sharpness of reconstructions, data = 1", "of samples"]
+    lines = []
     for name, row in rows.items():
         found = row["log_px"]
-        lines.append(
-            f"| {label(name)}{', of other data' if name == 'Bernoulli' else ''} "
-            f"| {'' if row['c'] is None else format(row['c'], '.2g')} "
-            f"| {row['rate']:.2f} ± {row['rate_std_error']:.2f} | {row['squared_error']:.4f} "
-            f"| {found['mean']:.2f} ± {found['mean_std_error']:.2f} | {found['bits_per_dim']:.3f} "
-            f"| {row['sharpness']:.2f} | {row['sharpness_of_samples']:.2f} |"
-        )
-    return "\n".join(lines)
+        lines.append([
+            f"{label(name)}{', of other data' if name == 'Bernoulli' else ''}",
+            "" if row["c"] is None else f"{row['c']:.2g}",
+            f"{row['rate']:.2f} ± {row['rate_std_error']:.2f}", f"{row['squared_error']:.4f}",
+            f"{found['mean']:.2f} ± {found['mean_std_error']:.2f}", f"{found['bits_per_dim']:.3f}",
+            f"{row['sharpness']:.2f}", f"{row['sharpness_of_samples']:.2f}",
+        ])  # fmt: skip
+    return markdown(header, lines)
 
 
 def verdict(rows: dict[str, Any]) -> str:
     """What was expected beside what was found."""
-    fixed = [rows[str(c)] for c in VARIANCES]
+    fixed = [rows[name] for name in FIXED]
     claims = {
         "rate falls with c": [-row["rate"] for row in fixed],
         "squared error rises with c": [row["squared_error"] for row in fixed],
@@ -193,11 +200,7 @@ def verdict(rows: dict[str, Any]) -> str:
 
 def main() -> None:
     """Train and measure every likelihood, draw."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default="digits", choices=("digits", "mnist"))
-    parser.add_argument("--data-root", help="folder with the data sets' files")
-    _results.add_flags(parser)
-    asked = parser.parse_args()
+    asked = parser(__doc__).parse_args()
     file = _results.folder(asked) / "observation_models.json"
     epochs = 2 if asked.smoke else {"digits": 100, "mnist": 20}[asked.data]
     num_data = 20 if asked.smoke else 300
@@ -206,7 +209,7 @@ def main() -> None:
     levels = grey_data.preprocess.max_value + 1
     grey = (grey_data.test.x[:num_data] + 0.5) / levels
     rows, vaes = {}, {}
-    for name in (*map(str, VARIANCES), *OTHERS):
+    for name in (*FIXED, *OTHERS):
         dataset = binary_data if name == "Bernoulli" else grey_data
         vaes[name] = train(name, dataset, epochs)
         rows[name] = measure(name, vaes[name], dataset, grey, asked.smoke)
