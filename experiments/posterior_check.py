@@ -16,13 +16,13 @@ itself. Writes experiments/results/posterior_check.json and .png.
 
 from __future__ import annotations
 
-import argparse
 import math
 from typing import Any
 
 import _results
 import matplotlib.pyplot as plt
 import torch
+from _gallery import markdown, parser
 from _training import fitted
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -101,33 +101,27 @@ def level(probs: Tensor, mass: float) -> float:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The three numbers of each datum, and by how much they miss the identity."""
+    header = ["digit", "log p(x)", "ELBO", "their difference", "KL on the grid", "off by"]
     lines = [
-        "| digit | log p(x) | ELBO | their difference | KL on the grid | off by | std. error |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {row['digit']} | {row['log_px']:.4f} | {row['elbo']:.4f} "
-        f"| {row['log_px'] - row['elbo']:.4f} | {row['kl']:.4f} | {row['off']:+.4f} "
-        f"| {row['std_error']:.4f} |"
+        [
+            f"{row['digit']}", f"{row['log_px']:.4f}", f"{row['elbo']:.4f}",
+            f"{row['log_px'] - row['elbo']:.4f}", f"{row['kl']:.4f}", f"{row['off']:+.4f}",
+            f"{row['std_error']:.4f}",
+        ]
         for row in rows
-    ]
-    return "\n".join(lines)
+    ]  # fmt: skip
+    return markdown([*header, "std. error"], lines)
 
 
 def main() -> None:
     """Train, compute each term by its own road, compare, draw."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default="digits")
-    parser.add_argument("--data-root", help="folder with the data sets' files")
-    _results.add_flags(parser)
-    asked = parser.parse_args()
+    asked = parser(__doc__, data=None).parse_args()
     file = _results.folder(asked) / "posterior_check.json"
     draws, size = (100, 101) if asked.smoke else (DRAWS, 801)
     training = f"--data {asked.data} --latent-dim 2" + (" --epochs 1" if asked.smoke else "")
     vae, dataset, _ = fitted(training, asked.data_root)
-    test = dataset.test
-    x = test[torch.stack([(test.y == digit).nonzero()[0, 0] for digit in DIGITS])]
-
+    first = [int((dataset.test.y == digit).nonzero()[0]) for digit in DIGITS]
+    x = dataset.test[first]
     log_px = evidence.log_px(vae.model, vae.guide, x, method="exact")
     bound, std_error = elbo(vae, x, draws)
     line, log_p, log_q = on_grid(vae.double(), x.double(), size)
@@ -146,9 +140,7 @@ def main() -> None:
         "seed": 0, "data": dataset.test.description, "made_by": made_by(),
     }  # fmt: skip
     write_json(file, found)
-    figure(line, log_p, log_q, rows).savefig(
-        file.with_suffix(".png"), dpi=150, pil_kwargs={"optimize": True}
-    )
+    _results.save_figure(figure(line, log_p, log_q, rows), file.with_suffix(".png"))
     print(table(rows))
     worst = float((off / std_error).abs().max())
     print(f"\nlargest miss: {float(off.abs().max()):.5f} nats, {worst:.1f} standard errors (< 3)")

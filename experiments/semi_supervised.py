@@ -17,20 +17,22 @@ experiments/results/semi_supervised-DATA.json and .png.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
 from collections.abc import Callable
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import _results
 import matplotlib.pyplot as plt
 import torch
+from _gallery import bernoulli_vae, markdown, parser
 from sklearn.svm import SVC
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 import pyrovae
 from pyrovae import (
@@ -54,11 +56,10 @@ NET = nets.MLP(hidden=(500, 500))
 
 def m1(dataset: data.DataSet, few: data.Split, epochs: int) -> Tensor:
     """A support vector machine on the codes of a VAE that saw no label: classes as one-hot."""
-    vae = unlabelled(dataset, epochs)
-    known = few.y >= 0
+    vae, known = unlabelled(dataset, epochs), few.y >= 0
     machine = SVC(C=10).fit(vae.encode(dataset.train[known]).numpy(), few.y[known])
-    found = machine.predict(encoded(vae, dataset.test).numpy())
-    return torch.nn.functional.one_hot(torch.as_tensor(found), num_classes(dataset)).float()
+    found = machine.predict(of_all(vae.encode, dataset.test).numpy())
+    return one_hot(torch.as_tensor(found), num_classes(dataset)).float()
 
 
 def m2(dataset: data.DataSet, few: data.Split, epochs: int) -> Tensor:
@@ -71,13 +72,13 @@ def m2(dataset: data.DataSet, few: data.Split, epochs: int) -> Tensor:
         Classifier(dataset.shape, c, NET),
     )
     pyrovae.fit(vae, few, objective=OBJECTIVE, epochs=epochs, **HOW)
-    return classified(vae, dataset.test)
+    return of_all(vae.classify, dataset.test)
 
 
 def m1_m2(dataset: data.DataSet, few: data.Split, epochs: int) -> Tensor:
     """The same on the codes of a VAE that saw no label, stacked upon it."""
     c, first = num_classes(dataset), unlabelled(dataset, epochs)
-    codes = encoded(first, dataset.train)
+    codes = of_all(first.encode, dataset.train)
     second = SemiSupervisedVAE(
         priors.StandardNormal(CODES),
         likelihoods.Normal((CODES,), CODES + c, NET, scale="amortized"),
@@ -85,7 +86,7 @@ def m1_m2(dataset: data.DataSet, few: data.Split, epochs: int) -> Tensor:
         Classifier((CODES,), c, NET),
     )
     pyrovae.fit(second, (codes, few.y), objective=OBJECTIVE, epochs=epochs, **HOW)
-    return classified(AuxiliaryVAE.stacked(first, second), dataset.test)
+    return of_all(AuxiliaryVAE.stacked(first, second).classify, dataset.test)
 
 
 def skip(dataset: data.DataSet, few: data.Split, epochs: int) -> Tensor:
@@ -100,7 +101,7 @@ def skip(dataset: data.DataSet, few: data.Split, epochs: int) -> Tensor:
         Classifier((entries + CODES,), c, NET),
     )
     pyrovae.fit(vae, few, objective=OBJECTIVE, epochs=epochs, **HOW)
-    return classified(vae, dataset.test)
+    return of_all(vae.classify, dataset.test)
 
 
 MODELS: dict[str, Callable[..., Tensor]] = {"M1 + SVM": m1, "M2": m2, "M1+M2": m1_m2, "skip": skip}
@@ -112,11 +113,7 @@ HOW: dict[str, Any] = {"batch_size": 200, "lr": 3e-3, "clip_norm": 100.0, "progr
 def unlabelled(dataset: data.DataSet, epochs: int) -> pyrovae.VAE:
     """A VAE of the training data, the same for every draw of labels."""
     torch.manual_seed(0)
-    vae = pyrovae.VAE(
-        priors.StandardNormal(CODES),
-        likelihoods.Bernoulli(dataset.shape, CODES, NET),
-        guides.Normal(dataset.shape, CODES, NET),
-    )
+    vae = bernoulli_vae(dataset.shape, CODES, NET)
     pyrovae.fit(vae, dataset.train, epochs=epochs, progress=False)
     return vae
 
@@ -126,14 +123,9 @@ def num_classes(dataset: data.DataSet) -> int:
     return int(dataset.train.y.max()) + 1
 
 
-def encoded(vae: pyrovae.VAE, split: data.Split) -> Tensor:
-    """Codes of all data."""
-    return torch.cat([vae.encode(split[slice(i, i + 1000)]) for i in range(0, len(split), 1000)])
-
-
-def classified(vae: SemiSupervisedVAE, split: data.Split) -> Tensor:
-    """Class probabilities of all data."""
-    return torch.cat([vae.classify(split[slice(i, i + 1000)]) for i in range(0, len(split), 1000)])
+def of_all(function: Callable[[Tensor], Tensor], split: data.Split) -> Tensor:
+    """A function of all data, a thousand at a time."""
+    return torch.cat([function(split[i : i + 1000]) for i in range(0, len(split), 1000)])
 
 
 def one(name: str, dataset: data.DataSet, labels: int, seed: int, epochs: int) -> dict[str, Any]:
@@ -149,14 +141,14 @@ def one(name: str, dataset: data.DataSet, labels: int, seed: int, epochs: int) -
 def table(found: dict[str, Any]) -> str:
     """Errors in percent with their standard error over draws of labels (number of draws)."""
     counts = sorted({count for rows in found.values() for count in rows}, key=int)
-    lines = [f"| test error, % | {' | '.join(f'{c} labels' for c in counts)} | calibration error |"]
-    lines.append("|---" * (len(counts) + 2) + "|")
+    lines = []
     for name, rows in found.items():
         cells = [_cell(rows.get(count, {})) for count in counts]
         off = [run["calibration_error"] for runs in rows.values() for run in runs.values()]
         shown = "" if name == "M1 + SVM" else f"{statistics.fmean(off):.1%}"
-        lines.append(f"| {name} | {' | '.join(cells)} | {shown} |")
-    return "\n".join(lines)
+        lines.append([name, *cells, shown])
+    header = ["test error, %", *(f"{count} labels" for count in counts), "calibration error"]
+    return markdown(header, lines)
 
 
 def _cell(runs: dict[str, Any]) -> str:
@@ -189,15 +181,12 @@ def figure(found: dict[str, Any], of: str) -> plt.Figure:
 
 def main() -> None:
     """Run what is not there yet, and tabulate."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default="digits", choices=list(LABELS))
-    parser.add_argument("--data-root", help="folder with the data sets' files")
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--labels", type=int, nargs="+")
-    parser.add_argument("--draws", type=int, default=3, help="draws of labels")
-    parser.add_argument("--epochs", type=int, help="default: 100 of the digits, 50 of MNIST")
-    _results.add_flags(parser)
-    asked = parser.parse_args()
+    flags = parser(__doc__)
+    flags.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    flags.add_argument("--labels", type=int, nargs="+")
+    flags.add_argument("--draws", type=int, default=3, help="draws of labels")
+    flags.add_argument("--epochs", type=int, help="default: 100 of the digits, 50 of MNIST")
+    asked = flags.parse_args()
     counts = asked.labels or LABELS[asked.data]
     epochs = asked.epochs or (100 if asked.data == "digits" else 50)
     if asked.smoke:
@@ -205,15 +194,13 @@ def main() -> None:
     file: Path = _results.folder(asked) / f"semi_supervised-{asked.data}.json"
     found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     dataset = data.load(asked.data, asked.data_root)
-    for name in asked.models:
-        for count in counts:
-            runs = found.setdefault(name, {}).setdefault(str(count), {})
-            for seed in range(asked.draws):
-                if str(seed) not in runs:
-                    runs[str(seed)] = one(name, dataset, count, seed, epochs)
-                    write_json(file, found)
-                    print(name, count, seed, runs[str(seed)], flush=True)
-    figure(found, asked.data).savefig(file.with_suffix(".png"), dpi=130)
+    for name, count, seed in product(asked.models, counts, range(asked.draws)):
+        runs = found.setdefault(name, {}).setdefault(str(count), {})
+        if str(seed) not in runs:
+            runs[str(seed)] = one(name, dataset, count, seed, epochs)
+            write_json(file, found)
+            print(name, count, seed, runs[str(seed)], flush=True)
+    _results.save_figure(figure(found, asked.data), file.with_suffix(".png"))
     print(table(found))
 
 

@@ -23,13 +23,13 @@ References:
 
 from __future__ import annotations
 
-import argparse
 import time
 from typing import Any
 
 import _results
 import matplotlib.pyplot as plt
 import torch
+from _gallery import markdown, mean_and_error, parser
 from torch import Tensor
 
 import pyrovae
@@ -53,10 +53,9 @@ STEPS = 9
 def train(dataset: Any, settings: dict[str, Any], epochs: int) -> pyrovae.VAE:
     """A VAE with these settings, trained."""
     torch.manual_seed(0)
-    shape = dataset.preprocess.shape
+    shape, rate = dataset.shape, settings.get("word_dropout", 0.0)
     if settings.get("recurrent", True):
-        rate = settings.get("word_dropout", 0.0)
-        likelihood = likelihoods.RecurrentBernoulli(
+        likelihood: likelihoods.Likelihood = likelihoods.RecurrentBernoulli(
             shape, LATENTS, hidden=HIDDEN, word_dropout=rate
         )
     else:
@@ -77,45 +76,43 @@ def judged(vae: pyrovae.VAE, test: Any, num_particles: int) -> tuple[dict[str, A
     result = pyrovae.log_px(vae.model, vae.guide, test, num_particles, seed=0, progress=False)
     row = {
         "elbo": carried.elbo, "elbo_std_error": error_of_mean(carried.rate + carried.distortion),
-        "kl": float(carried.rate.mean()), "kl_std_error": error_of_mean(carried.rate),
-        "active_units": carried.active_units, "log_px": result.mean,
-        "log_px_std_error": result.test_std_error, "mean_std_error": result.mean_std_error,
+        **mean_and_error("kl", carried.rate), "active_units": carried.active_units,
+        "log_px": result.mean, "log_px_std_error": result.test_std_error,
+        "mean_std_error": result.mean_std_error,
     }  # fmt: skip
     return row, result.values
 
 
 def picture(rows: dict[str, dict], paths: Tensor) -> plt.Figure:
     """Bounds, KL and a path between the same two images, a row for each way to train."""
-    figure, axes = plt.subplots(
+    figure, (bounds, carried, images) = plt.subplots(
         1, 3, figsize=(11, 3.6), layout="constrained", width_ratios=(3, 2.2, 4.6)
     )
-    place = range(len(rows))
+    place, kl = range(len(rows)), [row["kl"] for row in rows.values()]
     for name, label, marker in (("elbo", "ELBO", "o"), ("log_px", "log p(x) ≥", "s")):
-        axes[0].plot([row[name] for row in rows.values()], place, marker, ls="", label=label)
-    axes[0].set(xlabel="nats per test image", yticks=place)
-    axes[0].set_yticklabels(rows)
-    axes[0].legend(frameon=False)
-    bars = axes[1].barh(place, [row["kl"] for row in rows.values()], height=0.6)
-    axes[1].bar_label(bars, [f" {row['active_units']} active" for row in rows.values()], fontsize=8)
-    axes[1].set(xlabel="KL, nats", yticks=[])
-    axes[1].set_xlim(0, 1.5 * max(row["kl"] for row in rows.values()))
-    for axis in axes[:2]:
-        axis.set_ylim(len(rows) - 0.5, -0.5)
-    show_grid(axes[2], paths, (0, 1), "Means of p(x|z) between two test images")
-    axes[2].set_aspect("auto")
+        bounds.plot([row[name] for row in rows.values()], place, marker, ls="", label=label)
+    bounds.set(xlabel="nats per test image", ylim=(len(rows) - 0.5, -0.5))
+    bounds.set_yticks(place, list(rows))
+    bounds.legend(frameon=False)
+    bars = carried.barh(place, kl, height=0.6)
+    carried.bar_label(bars, [f" {row['active_units']} active" for row in rows.values()], fontsize=8)
+    carried.set(xlabel="KL, nats", yticks=[], xlim=(0, 1.5 * max(kl)), ylim=bounds.get_ylim())
+    show_grid(images, paths, (0, 1), "Means of p(x|z) between two test images")
+    images.set_aspect("auto")
     return figure
 
 
 def table(rows: dict[str, dict]) -> str:
     """A line for each way to train."""
-    lines = ["| | KL, nats | active units | ELBO | log p(x) ≥ | above as it is |"]
-    lines.append("|---|---|---|---|---|---|")
-    lines += [
-        f"| {name} | {row['kl']:.2f} | {row['active_units']} of {LATENTS} | {row['elbo']:.2f} "
-        f"| {row['log_px']:.2f} | {row['gain']:+.2f} ± {row['gain_std_error']:.2f} |"
+    lines = [
+        [
+            name, f"{row['kl']:.2f}", f"{row['active_units']} of {LATENTS}", f"{row['elbo']:.2f}",
+            f"{row['log_px']:.2f}", f"{row['gain']:+.2f} ± {row['gain_std_error']:.2f}",
+        ]
         for name, row in rows.items()
-    ]
-    return "\n".join(lines)
+    ]  # fmt: skip
+    header = ["", "KL, nats", "active units", "ELBO", "log p(x) ≥", "above as it is"]
+    return markdown(header, lines)
 
 
 def verdict(rows: dict[str, dict]) -> str:
@@ -128,13 +125,9 @@ def verdict(rows: dict[str, dict]) -> str:
 
 def main() -> None:
     """Train every way, judge, draw, tabulate."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default="digits", choices=("digits", "mnist"))
-    parser.add_argument("--data-root", help="folder with the data sets' files")
-    _results.add_flags(parser)
-    asked = parser.parse_args()
+    asked = parser(__doc__).parse_args()
     file = _results.folder(asked) / "sequences.json"
-    dataset = pyrovae.data.load(asked.data, root=asked.data_root)
+    dataset = pyrovae.data.load(asked.data, asked.data_root)
     epochs = 2 if asked.smoke else {"digits": 60, "mnist": 10}[asked.data]
     num_particles = 10 if asked.smoke else 200
     test = dataset.test.subset(slice(0, 1000))
@@ -146,18 +139,14 @@ def main() -> None:
         seconds = time.perf_counter() - start
         row, log_px = judged(vae, test, num_particles)
         first = log_px if first is None else first
-        gain = {
-            "gain": float((log_px - first).mean()),
-            "gain_std_error": error_of_mean(log_px - first),
-        }
-        rows[name] = row | gain | {
+        rows[name] = row | mean_and_error("gain", log_px - first) | {
             "settings": settings, "epochs": epochs, "num_particles": num_particles, "seed": 0,
             "data": asked.data, "num_data": len(test), "seconds": seconds, "made_by": made_by(),
         }  # fmt: skip
         paths.append(vae.interpolate(*of, STEPS)[:, 0])
         print(name, row, flush=True)
     write_json(file, rows)
-    picture(rows, torch.stack(paths)).savefig(file.with_suffix(".png"), dpi=150)
+    _results.save_figure(picture(rows, torch.stack(paths)), file.with_suffix(".png"))
     print(table(rows), verdict(rows), sep="\n\n")
 
 
