@@ -20,13 +20,13 @@ experiments/results/pca.json and .png.
 
 from __future__ import annotations
 
-import argparse
 import time
 from typing import Any
 
 import _results
 import matplotlib.pyplot as plt
 import torch
+from _gallery import markdown, parser
 from sklearn.decomposition import PCA
 from torch import Tensor
 from torch.distributions import MultivariateNormal
@@ -37,7 +37,8 @@ from pyrovae.objectives import ELBO
 from pyrovae.plotting.images import grey_limits, show_grid
 from pyrovae.runs import made_by, write_json
 
-LATENTS, BATCH, STEPS, RATE = 10, 1200, 8000, 2e-2
+LATENTS, BATCH, RATE = 10, 1200, 2e-2
+STEPS = {"Delta": 8000, "FullRankNormal": 8000, "Normal": 8000}
 LINEAR = nets.MLP(hidden=())
 NEAR = 15.0
 """Degrees within which a column of the decoder counts as a principal axis."""
@@ -100,18 +101,39 @@ def judged(vae: pyrovae.VAE, train: Tensor, test: Tensor, axes: Tensor) -> dict[
     }
 
 
+def compared(
+    vaes: dict[str, pyrovae.VAE], components: PCA, x: Tensor, test: Tensor
+) -> dict[str, Any]:
+    """The autoencoder beside PCA, the VAEs beside probabilistic PCA."""
+    best, eigenvalues, axes = ppca(x)
+    again = vaes["Delta"].reconstruct(x)
+    subspace = torch.from_numpy(components.components_.T)
+    return {
+        "autoencoder": {
+            "angles": angles(columns(vaes["Delta"]), subspace).tolist(),
+            "squared_error": float((again - x).double().square().flatten(1).sum(1).mean()),
+        },
+        "pca": {"squared_error": float(eigenvalues[LATENTS:].sum())},
+        "ppca": {
+            "test_log_px": float(best.log_prob(test.flatten(1).double()).mean()),
+            "train_log_px": float(best.log_prob(x[:1000].flatten(1).double()).mean()),
+            "noise_variance": float(eigenvalues[LATENTS:].mean()),
+        },
+        "vae": {n: judged(vae, x, test, axes) for n, vae in vaes.items() if n != "Delta"},
+        "eigenvalues": eigenvalues.tolist(),
+    }
+
+
 def figure(found: dict[str, Any], images: dict[str, Tensor]) -> plt.Figure:
     """The spectra, and reconstructions of a few test images."""
     drawn, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")
     shown = [v for v in found["eigenvalues"][:30] if v > 1e-4]
     left.plot(range(1, len(shown) + 1), shown, "ko", ms=3.5, label="eigenvalues of the data")
     rest = [found["vae"]["FullRankNormal"]["noise_variance"]] * (len(shown) - LATENTS)
-    for colour, marker, (name, row) in zip(
-        ("C0", "C1"), ("s", "x"), found["vae"].items(), strict=True
-    ):
+    for style, (name, row) in zip(("C0s-", "C1x-"), found["vae"].items(), strict=True):
         left.plot(
-            range(1, len(shown) + 1), row["spectrum"] + rest, f"{marker}-", color=colour, ms=8,
-            lw=0.8, mfc="none", label=f"linear VAE, {name} guide",
+            range(1, len(shown) + 1), row["spectrum"] + rest, style, ms=8, lw=0.8, mfc="none",
+            label=f"linear VAE, {name} guide",
         )  # fmt: skip
     left.set(yscale="log", xlabel="number of the eigenvalue", ylabel="variance")
     left.set_title("Covariance of the data and of the model")
@@ -122,72 +144,52 @@ def figure(found: dict[str, Any], images: dict[str, Tensor]) -> plt.Figure:
     return drawn
 
 
+def report(found: dict[str, Any]) -> str:
+    """Each number beside the one expected."""
+    plain, ml = found["autoencoder"], found["ppca"]
+    lines = [["pPCA", f"{ml['test_log_px']:.4f}", "", f"{ml['noise_variance']:.6f}", "", ""]]
+    lines += [
+        [
+            f"VAE, {name}", f"{row['test_log_px']:.4f}", f"{row['test_elbo']:.4f}",
+            f"{row['noise_variance']:.6f}", f"{row['largest_angle']:.2f}",
+            f"{row['axes_found']} of {LATENTS}",
+        ]
+        for name, row in found["vae"].items()
+    ]  # fmt: skip
+    header = ["", "test log p(x)", "ELBO", "noise variance", "largest angle", "axes found"]
+    return (
+        f"linear autoencoder, largest principal angle: {plain['angles'][0]:.4f} degrees (0)\n"
+        f"its squared error per image: {plain['squared_error']:.5f}"
+        f" (discarded eigenvalues: {found['pca']['squared_error']:.5f})\n\n"
+        f"{markdown(header, lines)}"
+    )
+
+
 def main() -> None:
     """Train an autoencoder and two VAEs, compare with the closed forms, draw."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default="digits")
-    parser.add_argument("--data-root", help="folder with the data sets' files")
-    _results.add_flags(parser)
-    asked = parser.parse_args()
+    asked = parser(__doc__, data=None).parse_args()
     file = _results.folder(asked) / "pca.json"
-    steps, start = 50 if asked.smoke else STEPS, time.perf_counter()
+    steps, start = dict.fromkeys(STEPS, 50) if asked.smoke else STEPS, time.perf_counter()
     data = pyrovae.data.load(asked.data, asked.data_root, binarize="none", dequantize=False)
     x, test = data.train[:], data.test[:]
-
-    best, eigenvalues, axes = ppca(x)
-    sklearn = PCA(LATENTS).fit(x.flatten(1).double().numpy())
-    components = torch.from_numpy(sklearn.components_.T)
-    autoencoder = train("Delta", x, steps)
-    vaes = {name: train(name, x, steps) for name in ("FullRankNormal", "Normal")}
-    error = (autoencoder.reconstruct(x) - x).double().square().flatten(1).sum(1).mean()
-    flat = test.flatten(1).double()
-    found: dict[str, Any] = {
-        "autoencoder": {
-            "angles": angles(columns(autoencoder), components).tolist(),
-            "squared_error": float(error),
-        },
-        "pca": {"squared_error": float(eigenvalues[LATENTS:].sum())},
-        "ppca": {
-            "test_log_px": float(best.log_prob(flat).mean()),
-            "train_log_px": float(best.log_prob(x[:1000].flatten(1).double()).mean()),
-            "noise_variance": float(eigenvalues[LATENTS:].mean()),
-        },
-        "vae": {name: judged(vae, x, test, axes) for name, vae in vaes.items()},
-        "eigenvalues": eigenvalues.tolist(),
+    components = PCA(LATENTS).fit(x.flatten(1).double().numpy())
+    vaes = {name: train(name, x, count) for name, count in steps.items()}
+    found = compared(vaes, components, x, test) | {
         "latent_dim": LATENTS, "steps": steps, "batch_size": min(BATCH, len(x)), "lr": RATE,
         "seed": 0, "data": data.test.description, "seconds": time.perf_counter() - start,
         "made_by": made_by(),
     }  # fmt: skip
     write_json(file, found)
     few = test[:8]
-    again = sklearn.inverse_transform(sklearn.transform(few.flatten(1).double().numpy()))
+    again = components.inverse_transform(components.transform(few.flatten(1).double().numpy()))
     images = {
         "data": few,
         "PCA": torch.from_numpy(again).reshape(few.shape),
-        "linear\nautoencoder": autoencoder.reconstruct(few),
+        "linear\nautoencoder": vaes["Delta"].reconstruct(few),
         "linear\nVAE": vaes["Normal"].reconstruct(few),
     }
-    figure(found, images).savefig(file.with_suffix(".png"), dpi=150)
-    report(found)
-
-
-def report(found: dict[str, Any]) -> None:
-    """Each number beside the one expected."""
-    plain, ml = found["autoencoder"], found["ppca"]
-    print(f"linear autoencoder, largest principal angle: {plain['angles'][0]:.4f} degrees (0)")
-    print(
-        f"its squared error per image: {plain['squared_error']:.5f}"
-        f" (discarded eigenvalues: {found['pca']['squared_error']:.5f})"
-    )
-    print("\n| | test log p(x) | ELBO | noise variance | largest angle | axes found |")
-    print("|---|---|---|---|---|---|")
-    print(f"| pPCA | {ml['test_log_px']:.4f} | | {ml['noise_variance']:.6f} | | |")
-    for name, row in found["vae"].items():
-        print(
-            f"| VAE, {name} | {row['test_log_px']:.4f} | {row['test_elbo']:.4f} "
-            f"| {row['noise_variance']:.6f} | {row['largest_angle']:.2f} "
-            f"| {row['axes_found']} of {LATENTS} |"
-        )
+    _results.save_figure(figure(found, images), file.with_suffix(".png"))
+    print(report(found))
 
 
 if __name__ == "__main__":
