@@ -4,14 +4,15 @@ Question: does a linear autoencoder trained by squared error span the principal 
           VAE with a linear decoder and one learned noise scale come to the likelihood of
           probabilistic PCA, to its noise variance, and to its principal axes?
 Command:  python experiments/pca.py [--data mnist --data-root DATA]
-Hardware: two cores, no GPU; about one minute.
+Hardware: two cores, no GPU; about two minutes.
 Expected: all principal angles below 1 degree, and a squared error that is the sum of the discarded
           eigenvalues (Baldi & Hornik, 1989). Test log p(x) within 0.02 nats of probabilistic PCA's
           at its maximum likelihood, and a noise variance within 0.5 % of the mean of the discarded
           eigenvalues (Tipping & Bishop, 1999): the ELBO adds no bad optima where the guide can be
           the posterior (Lucas et al., 2019, arXiv:1911.02469). A diagonal guide can be that at the
           principal axes alone, so it turns to them, soonest where eigenvalues are far apart, and a
-          full covariance need not (Rolinek et al., 2019, arXiv:1812.06775).
+          full covariance need not (Rolinek et al., 2019, arXiv:1812.06775). Found on the digits:
+          within 15 degrees of four axes after 8,000 steps, of nine after 32,000.
 
 Grey pixels scaled to [0, 1], without noise added, as real values; ten latents. Maximum likelihood
 and its log p(x) come from an eigendecomposition, the VAE's log p(x) from `evidence.exact`. Writes
@@ -38,7 +39,8 @@ from pyrovae.plotting.images import grey_limits, show_grid
 from pyrovae.runs import made_by, write_json
 
 LATENTS, BATCH, RATE = 10, 1200, 2e-2
-STEPS = {"Delta": 8000, "FullRankNormal": 8000, "Normal": 8000}
+STEPS = {"Delta": 4000, "FullRankNormal": 8000, "Normal": 32_000}
+"""By guide: the axes are found long after the likelihood is reached."""
 LINEAR = nets.MLP(hidden=())
 NEAR = 15.0
 """Degrees within which a column of the decoder counts as a principal axis."""
@@ -87,7 +89,8 @@ def angles(a: Tensor, b: Tensor) -> Tensor:
 def judged(vae: pyrovae.VAE, train: Tensor, test: Tensor, axes: Tensor) -> dict[str, Any]:
     """What the VAE found: log p(x), ELBO, noise, subspace, axes, spectrum."""
     w, noise = columns(vae), vae.likelihood.scale.item() ** 2
-    cosines = (w / w.norm(dim=0)).T @ axes
+    cosines = ((w / w.norm(dim=0)).T @ axes).abs().amax(0).clamp(max=1)
+    off = cosines.acos().rad2deg()
     exact = evidence.exact(vae.model, vae.guide, test)
     bound = pyrovae.elbo(vae.model, vae.guide, test, num_particles=1000, seed=0)
     return {
@@ -96,7 +99,8 @@ def judged(vae: pyrovae.VAE, train: Tensor, test: Tensor, axes: Tensor) -> dict[
         "test_elbo": float(bound.mean()),
         "noise_variance": noise,
         "largest_angle": float(angles(w, axes)[0]),
-        "axes_found": int((cosines.abs().amax(0).clamp(max=1).acos().rad2deg() < NEAR).sum()),
+        "axes_off_by": off.tolist(),
+        "axes_found": int((off < NEAR).sum()),
         "spectrum": (torch.linalg.svdvals(w).square() + noise).tolist(),
     }
 
