@@ -137,22 +137,21 @@ def picture(
     few, many = LATENT_DIMS
     x, y = dataset.test[slice(0, 1000)], dataset.test.y[:1000]
     figure, axes = plt.subplots(3, len(WAYS), figsize=(8.5, 8), layout="constrained")
-    for way, (plane, line, drawn) in zip(WAYS, axes.T, strict=True):
+    for way, (plane, paths, drawn) in zip(WAYS, axes.T, strict=True):
         flat, deep, source = vaes[way, few], vaes[way, many], source_of(way)
         scatter_by_label(plane, as_numpy(flat.encode(x)), y)
         plane.get_legend().remove()
-        plane.set_title(f"{way}:\ncodes of test data by label", size=10)
         plane.set(xlabel="z1", ylabel="z2")
-        path = flat.interpolate(x[:6], x[6:12], 9).transpose(0, 1)
-        show_grid(line, path, (0, 1), "")
-        ratio = rows[f"{way}, {few}"]["continuity"]
-        line.set_title(
-            f"paths between two codes:\nlargest step {ratio:.1f} times the mean", size=10
-        )
+        show_grid(paths, flat.interpolate(x[:6], x[6:12], 9).transpose(0, 1), (0, 1), "")
         z = random_codes(deep, dataset, 49)[source]
         show_grid(drawn, deep.decode(z).unflatten(0, (7, 7)), (0, 1), "")
+        ratio = rows[f"{way}, {few}"]["continuity"]
         share = rows[f"{way}, {many}"][source]["implausible"]
         words = "the prior" if way == "VAE" else "a fitted normal"
+        plane.set_title(f"{way}:\ncodes of test data by label", size=10)
+        paths.set_title(
+            f"paths between two codes:\nlargest step {ratio:.1f} times the mean", size=10
+        )
         drawn.set_title(f"{many} latents, from {words}:\n{share:.1%} implausible", size=10)
     return figure
 

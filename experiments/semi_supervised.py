@@ -18,6 +18,7 @@ experiments/results/semi_supervised-DATA.json and .png.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -52,6 +53,10 @@ from pyrovae.runs import made_by, write_json
 LABELS = {"digits": (20, 50, 100, 300), "mnist": (100, 600, 1000, 3000)}
 CODES = 50
 NET = nets.MLP(hidden=(500, 500))
+HOW: dict[str, Any] = {
+    "objective": SemiSupervised(alpha=0.1), "batch_size": 200, "lr": 3e-3, "clip_norm": 100.0,
+    "progress": False,
+}  # fmt: skip
 
 
 def m1(dataset: data.DataSet, few: data.Split, epochs: int) -> Tensor:
@@ -64,14 +69,9 @@ def m1(dataset: data.DataSet, few: data.Split, epochs: int) -> Tensor:
 
 def m2(dataset: data.DataSet, few: data.Split, epochs: int) -> Tensor:
     """q(y|x) of a VAE of x and y."""
-    c, entries = num_classes(dataset), dataset.train.x[0].numel()
-    vae = SemiSupervisedVAE(
-        priors.StandardNormal(CODES),
-        likelihoods.Bernoulli(dataset.shape, CODES + c, NET),
-        guides.Normal((entries + c,), CODES, NET),
-        Classifier(dataset.shape, c, NET),
-    )
-    pyrovae.fit(vae, few, objective=OBJECTIVE, epochs=epochs, **HOW)
+    c = num_classes(dataset)
+    vae = with_classifier(likelihoods.Bernoulli(dataset.shape, CODES + c, NET), c)
+    pyrovae.fit(vae, few, epochs=epochs, **HOW)
     return of_all(vae.classify, dataset.test)
 
 
@@ -79,13 +79,9 @@ def m1_m2(dataset: data.DataSet, few: data.Split, epochs: int) -> Tensor:
     """The same on the codes of a VAE that saw no label, stacked upon it."""
     c, first = num_classes(dataset), unlabelled(dataset, epochs)
     codes = of_all(first.encode, dataset.train)
-    second = SemiSupervisedVAE(
-        priors.StandardNormal(CODES),
-        likelihoods.Normal((CODES,), CODES + c, NET, scale="amortized"),
-        guides.Normal((CODES + c,), CODES, NET),
-        Classifier((CODES,), c, NET),
-    )
-    pyrovae.fit(second, (codes, few.y), objective=OBJECTIVE, epochs=epochs, **HOW)
+    likelihood = likelihoods.Normal((CODES,), CODES + c, NET, scale="amortized")
+    second = with_classifier(likelihood, c)
+    pyrovae.fit(second, (codes, few.y), epochs=epochs, **HOW)
     return of_all(AuxiliaryVAE.stacked(first, second).classify, dataset.test)
 
 
@@ -100,13 +96,11 @@ def skip(dataset: data.DataSet, few: data.Split, epochs: int) -> Tensor:
         guides.Normal(dataset.shape, CODES, NET),
         Classifier((entries + CODES,), c, NET),
     )
-    pyrovae.fit(vae, few, objective=OBJECTIVE, epochs=epochs, **HOW)
+    pyrovae.fit(vae, few, epochs=epochs, **HOW)
     return of_all(vae.classify, dataset.test)
 
 
 MODELS: dict[str, Callable[..., Tensor]] = {"M1 + SVM": m1, "M2": m2, "M1+M2": m1_m2, "skip": skip}
-OBJECTIVE = SemiSupervised(alpha=0.1)
-HOW: dict[str, Any] = {"batch_size": 200, "lr": 3e-3, "clip_norm": 100.0, "progress": False}
 
 
 @cache
@@ -116,6 +110,17 @@ def unlabelled(dataset: data.DataSet, epochs: int) -> pyrovae.VAE:
     vae = bernoulli_vae(dataset.shape, CODES, NET)
     pyrovae.fit(vae, dataset.train, epochs=epochs, progress=False)
     return vae
+
+
+def with_classifier(likelihood: likelihoods.Likelihood, classes: int) -> SemiSupervisedVAE:
+    """A new VAE of x and y with this likelihood."""
+    shape = likelihood.shape
+    return SemiSupervisedVAE(
+        priors.StandardNormal(CODES),
+        likelihood,
+        guides.Normal((math.prod(shape) + classes,), CODES, NET),
+        Classifier(shape, classes, NET),
+    )
 
 
 def num_classes(dataset: data.DataSet) -> int:
