@@ -58,7 +58,8 @@ class Objective(Configurable, pyro.infer.ELBO):
             model: p(x, z), a Pyro function of `args`.
             guide: q(z|x), a Pyro function of `args`.
             args: One batch.
-            kl_weight: Weight of log p(z) - log q(z|x) wherever it stands, on top of the objective's
+            kl_weight: What training warms up to one: the weight of log p(z) - log q(z|x) wherever
+                it stands, if the objective says no other, on top of the objective's
                 own: training warms it up.
 
         Returns:

@@ -33,6 +33,10 @@ class SemiSupervised(Objective):
     takes data with labels for some (-1 for the others), and sees to it that each batch has its
     share of labelled data, weighed as in the loss above.
 
+    Training that warms up (`kl_warmup`) warms up the label, not the KL of z: until then the
+    classifier learns from labels alone, and the model from what it says. From the start data
+    without labels would move it to whatever clusters an untrained model sees.
+
     Args:
         num_particles: Draws of z per datum.
         alpha: Weight of the classification, in nats per nat of cross-entropy. The paper's is 0.1.
@@ -65,15 +69,15 @@ class SemiSupervised(Objective):
         with, "cross_entropy" of q(y|x) in nats and "accuracy": sums over the batch if all its data
         were like those.
         """
-        batch, weight = len(args[0]), self.beta * kl_weight
+        batch = len(args[0])
         given, others, share = self._parts(args)
         loss = torch.zeros(())
         terms: dict[str, Tensor] = {}
         if others:
-            bound, terms = self._unlabelled(model, guide, others, weight)
+            bound, terms = self._unlabelled(model, guide, others, kl_weight)
             loss = loss - (1 - share) * batch * bound
         if given:
-            bound, found = self._labelled(model, guide, given, weight)
+            bound, found = self._labelled(model, guide, given)
             loss = loss - batch * (share * bound - self.alpha * found["cross_entropy"])
             terms |= found if terms else found | {"elbo": found["labelled_elbo"]}
         return loss, {name: batch * term.detach() for name, term in terms.items()}
@@ -88,7 +92,7 @@ class SemiSupervised(Objective):
         return given, others, share
 
     def _unlabelled(
-        self, model: PyroFunction, guide: PyroFunction, args: Args, weight: Tensor | float
+        self, model: PyroFunction, guide: PyroFunction, args: Args, kl_weight: Tensor | float
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean of U(x), and the mean ELBO at KL weight 1, its sum over labels inside the log."""
         drawn = self.draw(guide, args, self.num_particles)
@@ -96,14 +100,16 @@ class SemiSupervised(Objective):
             self.score(model, args, drawn.values, drawn), drawn.scores, self.num_particles
         )
         log_qy = program.total(drawn.summed)
-        log_w = densities.rest + weight * (densities.log_pz - densities.log_qz)
+        warm = torch.as_tensor(kl_weight >= 1, device=log_qy.device)
+        log_qy = torch.where(warm, log_qy, log_qy.detach())
+        log_w = densities.rest + self.beta * (densities.log_pz - densities.log_qz)
         hidden = log_w.dim() - max(log_qy.dim(), 1)  # sites that the model alone sums out
         log_w = log_w.flatten(0, hidden - 1).logsumexp(0) if hidden > 0 else log_w
         bound = (log_qy.exp() * (log_w - log_qy)).sum() / (self.num_particles * len(args[0]))
         return bound, {"elbo": densities.log_w().mean()}
 
     def _labelled(
-        self, model: PyroFunction, guide: PyroFunction, args: Args, weight: Tensor | float
+        self, model: PyroFunction, guide: PyroFunction, args: Args
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean of L(x, y); what to report, with the cross-entropy of the classifier."""
         drawn = self.draw(guide, args, self.num_particles)
@@ -118,7 +124,7 @@ class SemiSupervised(Objective):
         log_qy = self._log_qy(guide, args)
         right = (log_qy.argmax(0) == args[-1]).to(log_qy.dtype).mean()
         cross_entropy = -log_qy.gather(0, args[-1][None]).mean()
-        return densities.log_w(weight).mean(), {
+        return densities.log_w(self.beta).mean(), {
             "labelled_elbo": densities.log_w().mean(),
             "cross_entropy": cross_entropy,
             "accuracy": right,
