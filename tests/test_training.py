@@ -822,6 +822,24 @@ def test_support_is_checked_behind_missing_entries():
         fit(vae, x, epochs=1, progress=False)
 
 
+def test_a_support_of_its_own_for_each_row_is_checked_on_all_rows():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Binomial(16, logits=z.expand(-1, 3)).to_event(1), obs=x)
+
+    def guide(x):
+        loc = pyro.param("loc", torch.zeros(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+
+    x = torch.full((20, 3), 5.0)
+    assert len(fit(Program(model, guide), x, epochs=1, progress=False)) == 1
+    x[19, 0] = 17
+    with pytest.raises(ValueError, match=r"fails on data 0 to 19: .*support"):
+        fit(Program(model, guide), x, epochs=1, progress=False)
+
+
 def test_a_module_that_nobody_registered_is_named():
     decoder = torch.nn.Linear(1, 3)
 

@@ -141,7 +141,10 @@ def validate(where: str, model: PyroFunction, guide: PyroFunction, args: Args) -
 
 
 def observed_support(model: PyroFunction, guide: PyroFunction, args: Args) -> tuple[str, Any]:
-    """Name and support of the site that observes the first argument itself; None if none does."""
+    """Name and support of the site that observes the first argument itself.
+
+    The support is None where no site does, and where its bounds are one for each row.
+    """
     few = tuple(arg[:2] for arg in args)
     with undisturbed(model, guide), validation(False), torch.no_grad():
         try:
@@ -150,8 +153,15 @@ def observed_support(model: PyroFunction, guide: PyroFunction, args: Args) -> tu
             return "", None
     for name, score in scores.items():
         if score.observed and score.value is few[0]:
-            return name, score.fn.support
+            return name, None if _by_rows(score.fn.support) else score.fn.support
     return "", None
+
+
+def _by_rows(support: Any) -> bool:
+    """Whether a support has bounds for each row, as that of a binomial has."""
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return any(isinstance(bound, Tensor) and bound.dim() > 0 for bound in vars(support).values())
 
 
 def state(model: PyroFunction, guide: PyroFunction, args: Args) -> dict[str, Tensor]:
