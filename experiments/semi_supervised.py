@@ -51,52 +51,58 @@ from pyrovae.objectives import SemiSupervised
 from pyrovae.runs import made_by, write_json
 
 LABELS = {"digits": (20, 50, 100, 300), "mnist": (100, 600, 1000, 3000)}
-CODES = 50
-NET = nets.MLP(hidden=(500, 500))
+EPOCHS = {
+    "digits": {"M1": 100, "M2": 100, "M1+M2": 100, "skip": 100},
+    "mnist": {"M1": 30, "M2": 20, "M1+M2": 30, "skip": 12},
+}
+CODES, STYLE = 50, 10
+NET, DEEP = nets.MLP(hidden=(500,)), nets.MLP(hidden=(500, 500))
 HOW: dict[str, Any] = {
-    "objective": SemiSupervised(alpha=0.1), "batch_size": 200, "lr": 3e-3, "clip_norm": 100.0,
+    "objective": SemiSupervised(alpha=1.0), "batch_size": 100, "lr": 3e-3, "clip_norm": 100.0,
     "progress": False,
 }  # fmt: skip
+ACTIVE = 0.01  # variance of the posterior mean over the data (Burda et al., 2016)
+
+Epochs = dict[str, int]
 
 
-def m1(dataset: data.DataSet, few: data.Split, epochs: int) -> Tensor:
+def m1(dataset: data.DataSet, few: data.Split, epochs: Epochs) -> Tensor:
     """A support vector machine on the codes of a VAE that saw no label: classes as one-hot."""
-    vae, known = unlabelled(dataset, epochs), few.y >= 0
-    machine = SVC(C=10).fit(vae.encode(dataset.train[known]).numpy(), few.y[known])
-    found = machine.predict(of_all(vae.encode, dataset.test).numpy())
+    (codes, test), known = active_codes(dataset, epochs["M1"]), few.y >= 0
+    machine = SVC(C=10).fit(codes[known].numpy(), few.y[known])
+    found = machine.predict(test.numpy())
     return one_hot(torch.as_tensor(found), num_classes(dataset)).float()
 
 
-def m2(dataset: data.DataSet, few: data.Split, epochs: int) -> Tensor:
+def m2(dataset: data.DataSet, few: data.Split, epochs: Epochs) -> Tensor:
     """q(y|x) of a VAE of x and y."""
     c = num_classes(dataset)
-    vae = with_classifier(likelihoods.Bernoulli(dataset.shape, CODES + c, NET), c)
-    pyrovae.fit(vae, few, epochs=epochs, **HOW)
+    vae = with_classifier(likelihoods.Bernoulli(dataset.shape, STYLE + c, NET), c)
+    pyrovae.fit(vae, few, epochs=epochs["M2"], **HOW)
     return of_all(vae.classify, dataset.test)
 
 
-def m1_m2(dataset: data.DataSet, few: data.Split, epochs: int) -> Tensor:
-    """The same on the codes of a VAE that saw no label, stacked upon it."""
-    c, first = num_classes(dataset), unlabelled(dataset, epochs)
-    codes = of_all(first.encode, dataset.train)
-    likelihood = likelihoods.Normal((CODES,), CODES + c, NET, scale="amortized")
-    second = with_classifier(likelihood, c)
-    pyrovae.fit(second, (codes, few.y), epochs=epochs, **HOW)
-    return of_all(AuxiliaryVAE.stacked(first, second).classify, dataset.test)
+def m1_m2(dataset: data.DataSet, few: data.Split, epochs: Epochs) -> Tensor:
+    """The same on the codes of a VAE that saw no label, those of its active units."""
+    c, (codes, test) = num_classes(dataset), active_codes(dataset, epochs["M1"])
+    likelihood = likelihoods.Normal(codes.shape[1:], STYLE + c, NET, scale="amortized")
+    vae = with_classifier(likelihood, c)
+    pyrovae.fit(vae, (codes, few.y), epochs=epochs["M1+M2"], **HOW)
+    return vae.classify(test)
 
 
-def skip(dataset: data.DataSet, few: data.Split, epochs: int) -> Tensor:
+def skip(dataset: data.DataSet, few: data.Split, epochs: Epochs) -> Tensor:
     """q(y|x, a) of a skip deep generative model."""
     c, entries = num_classes(dataset), dataset.train.x[0].numel()
     vae = AuxiliaryVAE(
-        priors.StandardNormal(CODES),
-        likelihoods.Normal((CODES,), CODES + c, NET, scale="amortized"),
-        likelihoods.Bernoulli(dataset.shape, 2 * CODES + c, NET),
-        guides.Normal((entries + CODES + c,), CODES, NET),
+        priors.StandardNormal(STYLE),
+        likelihoods.Normal((CODES,), STYLE + c, NET, scale="amortized"),
+        likelihoods.Bernoulli(dataset.shape, CODES + STYLE + c, NET),
+        guides.Normal((entries + CODES + c,), STYLE, NET),
         guides.Normal(dataset.shape, CODES, NET),
-        Classifier((entries + CODES,), c, NET),
+        Classifier((entries + CODES,), c, DEEP),
     )
-    pyrovae.fit(vae, few, epochs=epochs, **HOW)
+    pyrovae.fit(vae, few, epochs=epochs["skip"], **HOW)
     return of_all(vae.classify, dataset.test)
 
 
@@ -104,22 +110,26 @@ MODELS: dict[str, Callable[..., Tensor]] = {"M1 + SVM": m1, "M2": m2, "M1+M2": m
 
 
 @cache
-def unlabelled(dataset: data.DataSet, epochs: int) -> pyrovae.VAE:
-    """A VAE of the training data, the same for every draw of labels."""
-    torch.manual_seed(0)
-    vae = bernoulli_vae(dataset.shape, CODES, NET)
+def active_codes(dataset: data.DataSet, epochs: int) -> tuple[Tensor, Tensor]:
+    """Codes of training and test data under a VAE that saw no label, of its active units."""
+    state = torch.random.get_rng_state()
+    torch.manual_seed(0)  # the same for every draw of labels
+    vae = bernoulli_vae(dataset.shape, CODES, DEEP)
     pyrovae.fit(vae, dataset.train, epochs=epochs, progress=False)
-    return vae
+    codes = of_all(vae.encode, dataset.train)
+    used = codes.var(0) >= codes.var(0).max().clamp(max=ACTIVE)
+    torch.random.set_rng_state(state)
+    return codes[:, used], of_all(vae.encode, dataset.test)[:, used]
 
 
 def with_classifier(likelihood: likelihoods.Likelihood, classes: int) -> SemiSupervisedVAE:
     """A new VAE of x and y with this likelihood."""
     shape = likelihood.shape
     return SemiSupervisedVAE(
-        priors.StandardNormal(CODES),
+        priors.StandardNormal(STYLE),
         likelihood,
-        guides.Normal((math.prod(shape) + classes,), CODES, NET),
-        Classifier(shape, classes, NET),
+        guides.Normal((math.prod(shape) + classes,), STYLE, NET),
+        Classifier(shape, classes, DEEP),
     )
 
 
@@ -133,7 +143,7 @@ def of_all(function: Callable[[Tensor], Tensor], split: data.Split) -> Tensor:
     return torch.cat([function(split[i : i + 1000]) for i in range(0, len(split), 1000)])
 
 
-def one(name: str, dataset: data.DataSet, labels: int, seed: int, epochs: int) -> dict[str, Any]:
+def one(name: str, dataset: data.DataSet, labels: int, seed: int, epochs: Epochs) -> dict[str, Any]:
     """Train and judge one model with one draw of labels."""
     few = data.hide_labels(dataset.train, labels, seed)
     start = time.perf_counter()
@@ -184,27 +194,37 @@ def figure(found: dict[str, Any], of: str) -> plt.Figure:
     return made
 
 
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def _runs(found: dict[str, Any], name: str, count: int) -> dict[str, Any]:
+    """Of one model and number of labels, by seed."""
+    return found.setdefault(name, {}).setdefault(str(count), {})
+
+
 def main() -> None:
     """Run what is not there yet, and tabulate."""
     flags = parser(__doc__)
     flags.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     flags.add_argument("--labels", type=int, nargs="+")
     flags.add_argument("--draws", type=int, default=3, help="draws of labels")
-    flags.add_argument("--epochs", type=int, help="default: 100 of the digits, 50 of MNIST")
     asked = flags.parse_args()
     counts = asked.labels or LABELS[asked.data]
-    epochs = asked.epochs or (100 if asked.data == "digits" else 50)
+    epochs = EPOCHS[asked.data]
     if asked.smoke:
-        counts, asked.draws, epochs = counts[:1], 1, 1
+        counts, asked.draws, epochs = counts[:1], 1, dict.fromkeys(epochs, 1)
     file: Path = _results.folder(asked) / f"semi_supervised-{asked.data}.json"
-    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     dataset = data.load(asked.data, asked.data_root)
     for name, count, seed in product(asked.models, counts, range(asked.draws)):
-        runs = found.setdefault(name, {}).setdefault(str(count), {})
-        if str(seed) not in runs:
-            runs[str(seed)] = one(name, dataset, count, seed, epochs)
-            write_json(file, found)
-            print(name, count, seed, runs[str(seed)], flush=True)
+        if str(seed) in _runs(_read(file), name, count):
+            continue
+        run = one(name, dataset, count, seed, epochs)
+        found = _read(file)  # anew: another process may be at another model
+        _runs(found, name, count)[str(seed)] = run
+        write_json(file, {n: found[n] for n in MODELS if n in found})
+        print(name, count, seed, run, flush=True)
+    found = _read(file)
     _results.save_figure(figure(found, asked.data), file.with_suffix(".png"))
     print(table(found))
 
