@@ -7,7 +7,7 @@ from typing import Any
 import pyrovae
 from pyrovae import _flags
 from pyrovae._build import arranged, build, load_data
-from pyrovae._train import Settings, options
+from pyrovae._settings import Settings, options
 
 
 def fitted(

@@ -66,7 +66,7 @@ def planes(vae: ConditionalVAE, size: int = 12) -> plt.Figure:
     figure, axes = plt.subplots(1, 2, figsize=(9, 4.8), layout="constrained")
     for axis, label in zip(axes, (2, 4), strict=True):
         images = vae.decode(z, torch.full((len(z),), label)).unflatten(0, (size, size))
-        axis.imshow(as_canvas(images, (0.0, 1.0), 0), extent=(-2, 2, -2, 2))
+        axis.imshow(as_canvas(images, (0.0, 1.0), 1), extent=(-2, 2, -2, 2))
         axis.set(title=f"means of p(x|y, z), y = {label}", xlabel="z1", ylabel="z2")
         axis.set(xticks=[-2, 2], yticks=[-2, 2])
         axis.set_xticklabels(["2.5 %", "97.5 %"])

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from pyrovae import data, guides, likelihoods, nets
 from pyrovae._config import Config, class_path, find_class, from_config, parameters
+from pyrovae._settings import INFERENCE, LEARNING_LABELS, Settings
 from pyrovae.conditional import ConditionalVAE
 from pyrovae.data import DataSet, Split
 from pyrovae.hierarchical import HierarchicalVAE, LadderVAE
@@ -19,17 +20,7 @@ from pyrovae.semisupervised import AuxiliaryVAE, Classifier, SemiSupervisedVAE
 from pyrovae.training import check_data, check_labels
 from pyrovae.vae import VAE, Base
 
-if TYPE_CHECKING:
-    from pyrovae._train import Settings
-
-INFERENCE = {"bottom-up": HierarchicalVAE, "top-down": LadderVAE}
-"""Orders in which a guide goes through layers of latents."""
-
-MODELS = ("vae", "conditional", "semi-supervised", "auxiliary")
-"""What a label is to a model: nothing, given, or a latent that is sometimes given."""
-
-LEARNING_LABELS = {"semi-supervised": "SemiSupervised", "auxiliary": "SemiSupervised"}
-"""Models that learn a label, and the objective that does."""
+HIERARCHIES: dict[str, Any] = dict(zip(INFERENCE, (HierarchicalVAE, LadderVAE), strict=True))
 
 
 def with_objective(words: list[str]) -> list[str]:
@@ -171,7 +162,7 @@ def _joint(shape: tuple[int, ...], numbers: int, net: Config | None) -> list[int
 
 def _hierarchy(settings: Settings, likelihood: Config, given: dict[str, Any]) -> VAE:
     """The VAE with several layers that the settings describe."""
-    kind, dims = INFERENCE[settings.inference or "bottom-up"], settings.latent_dims
+    kind, dims = HIERARCHIES[settings.inference or "bottom-up"], settings.latent_dims
     inner = {"net": _for_vectors(settings.net)}
     below = _below_the_top(settings)
     layers = [made("guide", below, given)]

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from pyrovae import data
 from pyrovae._build import as_taken, load_data
-from pyrovae._train import check_same_data, saved_settings
+from pyrovae._settings import saved_settings
+from pyrovae._train import check_same_data
 from pyrovae.data import Preprocess, Split
 from pyrovae.runs import Run, load
 from pyrovae.vae import Base

@@ -24,7 +24,8 @@ from pyrovae._estimates import (
 )
 from pyrovae._opened import opened, test_data
 from pyrovae._processes import ProcessLost
-from pyrovae._train import SECTIONS, Settings, draw, train
+from pyrovae._settings import SECTIONS, Settings
+from pyrovae._train import draw, train
 from pyrovae.conditional import ConditionalVAE
 from pyrovae.data import Preprocess
 from pyrovae.program import as_args

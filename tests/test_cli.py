@@ -19,7 +19,7 @@ import torch
 import pyrovae
 from pyrovae import _build, _catalogue, _estimates, _flags, _train, cli
 from pyrovae._build import load_data
-from pyrovae._train import Settings, saved_settings
+from pyrovae._settings import Settings, saved_settings
 from pyrovae.evidence.walk import Walk
 from pyrovae.runs import Run
 

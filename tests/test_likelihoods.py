@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import pyrovae
 from pyrovae import (
     _build,
-    _train,
+    _settings,
     cli,
     compiled,
     data,
@@ -703,7 +703,7 @@ class Anything(likelihoods.Normal):
 def reading(name: str | None, path: str = "digits", **settings: Any) -> Any:
     config = None if name is None else {"class_path": name, "init_args": {}}
     settings = {"latent_dim": 2, "data": path, "likelihood": config} | settings
-    return _train.Settings(
+    return _settings.Settings(
         prior=_config("priors.StandardNormal"), guide=_config("guides.Normal"),
         net={"class_path": "pyrovae.nets.MLP", "init_args": {"hidden": [5]}},
         objective=_config("objectives.ELBO"), **settings,

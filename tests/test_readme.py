@@ -25,7 +25,7 @@ BENCHMARKS = ("train", "log_px", "memory", "processes")
 
 
 @pytest.mark.parametrize(
-    "program", ["".join(PROGRAMS[:3]), *PROGRAMS[3:]], ids=["vae, judged", "hand-written"]
+    "program", ["".join(PROGRAMS[:4]), *PROGRAMS[4:]], ids=["vae, judged, labels", "hand-written"]
 )
 def test_program_runs(program, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

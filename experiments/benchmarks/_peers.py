@@ -21,7 +21,7 @@ from pyrovae import guides, likelihoods, nets, priors, program
 from pyrovae.data import Preprocess
 from pyrovae.data.split import dynamic_split
 from pyrovae.loop import Loop
-from pyrovae.objectives import ELBO
+from pyrovae.objectives import ELBO, Objective
 from pyrovae.options import Options
 
 LR = 1e-3
@@ -59,13 +59,25 @@ def vae(setting: Setting) -> pyrovae.VAE:
 
 def ours(setting: Setting, x: Tensor, precision: str = "32-true", compile: bool = True) -> Peer:
     """`fit`, an epoch at a time."""
-    binarized = Preprocess("grey", (setting.pixels,), 255.0, binarize="dynamic")
+    return fitting(vae(setting), ELBO(), x, setting.batch, compile, precision)
+
+
+def fitting(
+    model: nn.Module,
+    objective: Objective,
+    x: Tensor,
+    batch: int,
+    compile: bool,
+    precision: str = "32-true",
+) -> Peer:
+    """`fit` of a model, an epoch at a time."""
+    binarized = Preprocess("grey", tuple(x.shape[1:]), 255.0, binarize="dynamic")
     split = dynamic_split(x, None, "train", binarized, "pixels")
     options = Options(
-        epochs=1000, batch_size=setting.batch, lr=LR, schedule="constant", compile=compile,
+        epochs=1000, batch_size=batch, lr=LR, schedule="constant", compile=compile,
         accelerator=x.device.type, precision=precision,
     )  # fmt: skip
-    loop = Loop(vae(setting).to(x.device), split, None, ELBO(), options, options.fabric())
+    loop = Loop(model.to(x.device), split, None, objective, options, options.fabric())
     with program.validation(False):
         loop.prepare(None)
 

@@ -23,20 +23,16 @@ import _clock
 import pyro
 import pyro.distributions as dist
 import torch
+from _peers import LR, Peer, fitting
 from pyro.infer import SVI, TraceEnum_ELBO, config_enumerate
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, log_softmax, softplus
-from tqdm import tqdm
 
-from pyrovae import Classifier, SemiSupervisedVAE, guides, likelihoods, nets, priors, program
-from pyrovae.data import Preprocess
-from pyrovae.data.split import dynamic_split
-from pyrovae.loop import Loop
+from pyrovae import Classifier, SemiSupervisedVAE, guides, likelihoods, nets, priors
 from pyrovae.objectives import SemiSupervised
-from pyrovae.options import Options
 from pyrovae.runs import write_json
 
-BATCH, HIDDEN, LATENTS, CLASSES, PIXELS, LR = 128, 500, 50, 10, 784, 1e-3
+BATCH, HIDDEN, LATENTS, CLASSES, PIXELS = 128, 500, 50, 10, 784
 BASELINE = "torch by hand, compiled"
 
 
@@ -51,20 +47,9 @@ def vae() -> SemiSupervisedVAE:
     )
 
 
-def ours(x: Tensor, compile: bool = True) -> Callable[[], Any]:
+def ours(x: Tensor, compile: bool = True) -> Peer:
     """`fit`, an epoch at a time."""
-    binarized = Preprocess("grey", (PIXELS,), 255.0, binarize="dynamic")
-    split = dynamic_split(x, None, "train", binarized, "pixels")
-    options = Options(1000, BATCH, LR, "constant", compile=compile, accelerator="cpu")
-    loop = Loop(vae(), split, None, SemiSupervised(), options, options.fabric())
-    with program.validation(False):
-        loop.prepare(None)
-
-    def epoch() -> None:
-        with program.validation(False):
-            loop._epoch(tqdm(disable=True))
-
-    return epoch
+    return fitting(vae(), SemiSupervised(), x, BATCH, compile)
 
 
 class ByHand(nn.Module):
@@ -92,7 +77,7 @@ class ByHand(nn.Module):
         return -(log_q.exp() * (log_w - log_q)).sum() / len(x)
 
 
-def by_hand(x: Tensor, compile: bool = True) -> Callable[[], Any]:
+def by_hand(x: Tensor, compile: bool = True) -> Peer:
     """A loop over a permutation of data in memory, a fused optimizer."""
     model = ByHand()
     loss: Any = torch.compile(model) if compile else model
@@ -133,7 +118,7 @@ class Written(nn.Module):
             pyro.sample("z", dist.Normal(loc, softplus(raw)).to_event(1))
 
 
-def by_pyro(x: Tensor, make: Callable[[], Any]) -> Callable[[], Any]:
+def by_pyro(x: Tensor, make: Peer) -> Peer:
     """Pyro's SVI with TraceEnum_ELBO on data in memory."""
     made = make()
     svi = SVI(
@@ -160,7 +145,7 @@ def joined(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat([a.expand(*lead, -1), b.expand(*lead, -1)], -1)
 
 
-PEERS: dict[str, Callable[[Tensor], Callable[[], Any]]] = {
+PEERS: dict[str, Callable[[Tensor], Peer]] = {
     BASELINE: by_hand,
     "torch by hand, eager": partial(by_hand, compile=False),
     "pyrovae": ours,
