@@ -28,8 +28,9 @@ def with_objective(words: list[str]) -> list[str]:
     apart = [w for word in words for w in (word.split("=", 1) if word[:2] == "--" else [word])]
     if "--objective" in apart or "--model" not in apart[:-1]:
         return words
-    objective = LEARNING_LABELS.get(apart[apart.index("--model") + 1])
-    return words if objective is None else [*words, "--objective", objective]
+    if apart[apart.index("--model") + 1] not in LEARNING_LABELS:
+        return words
+    return [*words, "--objective", SemiSupervisedVAE.default_objective.__name__]
 
 
 def load_data(settings: Settings) -> DataSet:
@@ -134,9 +135,10 @@ def _with_label(
         classifier = Classifier(shape, num_classes, from_config(settings.net))
         return SemiSupervisedVAE(prior, px, guide, classifier, missing=settings.missing)
     flat = from_config(net)
+    of_vectors: Any = likelihoods.DEFAULT["real"]
     return AuxiliaryVAE(
         prior,
-        likelihoods.Normal((dim,), dim + num_classes, flat, scale="amortized"),
+        of_vectors((dim,), dim + num_classes, flat, scale="amortized"),
         px,
         guide,
         guides.DEFAULT(shape, dim, from_config(settings.net)),

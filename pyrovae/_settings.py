@@ -20,8 +20,8 @@ INFERENCE = ("bottom-up", "top-down")
 MODELS = ("vae", "conditional", "semi-supervised", "auxiliary")
 """What a label is to a model: nothing, given, or a latent that is sometimes given."""
 
-LEARNING_LABELS = {"semi-supervised": "SemiSupervised", "auxiliary": "SemiSupervised"}
-"""Models that learn a label, and the objective that does."""
+LEARNING_LABELS = ("semi-supervised", "auxiliary")
+"""Models that learn a label."""
 
 SECTIONS = {
     "data": "Data",

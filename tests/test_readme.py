@@ -21,7 +21,7 @@ TABLES = (
     "precision",
 )
 OTHERS = ("time_to_quality", "log_px_methods", "brackets", "calibration")
-BENCHMARKS = ("train", "log_px", "memory", "processes")
+BENCHMARKS = ("train", "labels", "log_px", "memory", "processes")
 
 
 @pytest.mark.parametrize(
@@ -49,6 +49,19 @@ def test_table_is_what_the_benchmark_wrote(name, monkeypatch):
     module = importlib.import_module(name.removeprefix("benchmark_"))
     found = json.loads((EXPERIMENTS / "results" / f"{name}.json").read_text())
     assert module.table(found) in README
+
+
+@pytest.mark.parametrize("name", ["mnist", "digits"])
+def test_table_of_labels_is_what_the_experiment_wrote(name, monkeypatch):
+    monkeypatch.syspath_prepend(EXPERIMENTS)
+    module = importlib.import_module("semi_supervised")
+    found = json.loads((EXPERIMENTS / "results" / f"semi_supervised-{name}.json").read_text())
+    assert module.table(found) in README
+
+
+def test_share_of_the_class_asked_for_is_what_the_experiment_wrote():
+    found = json.loads((EXPERIMENTS / "results" / "conditional.json").read_text())
+    assert f"{found['of_the_class_asked_for']:.1%} of decoded images" in " ".join(README.split())
 
 
 def test_better_guides_come_closer_to_a_known_posterior():
