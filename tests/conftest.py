@@ -1,5 +1,10 @@
 """Every test starts from one seed and an empty parameter store, and validates."""
 
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores, and so do what they launch
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import pyro
 import pytest
 
