@@ -78,8 +78,9 @@ def fit(
             split of a data set. In `(x, y)` a label of -1 is one that is not given, for objectives
             that take labels for some.
         valid: Data for the validation ELBO after each epoch.
-        objective: What to maximise; `ELBO()` if None. Pyro's `Trace_ELBO`, `TraceMeanField_ELBO`
-            and `TraceEnum_ELBO` will do too.
+        objective: What to maximise; `ELBO()` if None, or what the module names as its
+            `default_objective`. Pyro's `Trace_ELBO`, `TraceMeanField_ELBO` and `TraceEnum_ELBO`
+            will do too.
         epochs: Passes over the data.
         batch_size: Data in a batch; at most all.
         lr: Learning rate of Adam: the highest of the schedule.

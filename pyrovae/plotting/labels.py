@@ -41,7 +41,7 @@ def analogies(
     made = vae.analogies(shown, given, labels)  # type: ignore[arg-type]
     grid = torch.cat([shown[:, None], made], 1)
     figure, ax, (across, down) = grid_figure(grid, grey_limits(shown), "One style in every class")
-    ax.set_xticks(across, ["data", *label_names(vae, labels, made.shape[1])])
+    ax.set_xticks(across, ["data", *label_names(labels, made.shape[1])])
     for middle in down:
         draw_frame(ax, (across[0], middle), shown.shape[2:])
     explain_missing(ax, shown)
@@ -55,6 +55,9 @@ def styles(vae: ConditionalVAE, rows: int = 8, seed: int = 0) -> Figure:
         vae: A model of classes whose data are images.
         rows: Draws of z from the prior, that of the first class where it depends on y.
         seed: Of the draws.
+
+    Raises:
+        ValueError: If y is a vector.
     """
     classes = _classes(vae)
     with undisturbed(vae), torch.no_grad():
@@ -64,11 +67,11 @@ def styles(vae: ConditionalVAE, rows: int = 8, seed: int = 0) -> Figure:
         images = vae.decode(z, classes.expand(rows, -1))
     title = "One draw of z a row, every class"
     figure, ax, (across, _) = grid_figure(images, grey_limits(images), title)
-    ax.set_xticks(across, label_names(vae, None, len(classes)))
+    ax.set_xticks(across, label_names(None, len(classes)))
     return figure
 
 
-def label_names(vae: ConditionalVAE, labels: Tensor | None, count: int) -> list[str]:
+def label_names(labels: Tensor | None, count: int) -> list[str]:
     """What labels are called in a picture."""
     return [str(i) for i in range(count)] if labels is None else [label_name(y) for y in labels]
 
