@@ -16,14 +16,14 @@ from collections.abc import Sequence
 import pyro
 import pyro.distributions as dist
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pyrovae._config import Configurable, shape_of
-from pyrovae._part import data_shape
+from pyrovae._config import shape_of
+from pyrovae._part import Conditional, data_shape
 from pyrovae.conditional import ConditionalVAE, check_conditional, check_size, of
 from pyrovae.guides import Guide
 from pyrovae.likelihoods import Likelihood
-from pyrovae.nets import DEFAULT, Net, Network, join
+from pyrovae.nets import Net
 from pyrovae.objectives import SemiSupervised
 from pyrovae.priors import Prior
 from pyrovae.vae import VAE
@@ -33,7 +33,7 @@ __all__ = ["AuxiliaryVAE", "Classifier", "SemiSupervisedVAE"]
 SUMMED_OUT = {"enumerate": "parallel"}
 
 
-class Classifier(Configurable, nn.Module):
+class Classifier(Conditional):
     """q(y|x): classes by a network.
 
     Args:
@@ -43,15 +43,12 @@ class Classifier(Configurable, nn.Module):
     """
 
     def __init__(self, shape: tuple[int, ...], num_classes: int, net: Net | None = None):
-        super().__init__()
-        self.shape = data_shape(shape)
-        (self.num_classes,) = shape_of(num_classes, "num_classes")
-        self.net = (net or DEFAULT())(self.shape, (self.num_classes,))
+        super().__init__(data_shape(shape), shape_of(num_classes, "num_classes"), net)
+        self.shape, (self.num_classes,) = data_shape(shape), self.event_shape
 
-    def forward(self, *x: Tensor) -> dist.TorchDistribution:
-        """q(y|x), x as one tensor or as vectors side by side."""
-        one = len(x) == 1 or isinstance(self.net, Network)
-        return dist.Categorical(logits=self.net(*x) if one else self.net(join(*x)))
+    def distribution(self, params: Tensor) -> dist.TorchDistribution:
+        """Classes with these logits, of shape `(*, num_classes)`."""
+        return dist.Categorical(logits=params)
 
 
 class SemiSupervisedVAE(ConditionalVAE):
