@@ -4,7 +4,7 @@ Question: at the same weights, data and number of particles, how large is the va
           guide's gradient by the reparameterization trick, by path derivatives alone, and by the
           score function with and without a baseline? Are their means the same?
 Command:  python experiments/gradient_estimators.py [--data mnist --data-root DATA]
-Hardware: two cores, no GPU; about one minute.
+Hardware: two cores, no GPU; 35 seconds.
 Expected: the score function is noisier by orders of magnitude: that is why VAEs are trained by the
           reparameterization trick (Kingma & Welling, 2014, arXiv:1312.6114, section 2.2; Ranganath
           et al., 2014, arXiv:1401.0118). A leave-one-out baseline takes most of that back (Kool et

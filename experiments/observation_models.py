@@ -3,7 +3,7 @@ r"""What does the noise of the likelihood decide?
 Question: p(x|z) = N(f(z), c I): how does c trade reconstruction against KL, how blurred are
           pictures, and what is log p(x), for fixed c, learned c, and other likelihoods?
 Command:  python experiments/observation_models.py [--data mnist --data-root DATA]
-Hardware: two cores, no GPU; about two minutes.
+Hardware: two cores, no GPU; 40 seconds.
 Expected: squared error is the log likelihood up to constants, to rounding; the rate falls and the
           squared error and the blur of reconstructions and samples rise with c; learned c has the
           best log p(x) of the normals (Rybkin et al., 2021, arXiv:2006.13202).
