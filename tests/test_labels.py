@@ -313,7 +313,8 @@ def test_loss_and_gradients_are_exact_in_the_mean(
     check_mean(draws, flat_grads(exact, params))
 
 
-def test_a_batch_stands_for_all_data() -> None:
+@pytest.mark.parametrize("share", [None, 0.5, 0.0, 1.0])
+def test_a_batch_stands_for_all_data(share: float | None) -> None:
     """Under the posterior of z nothing is random but the order: weights alone count."""
     m2, alpha = M2(posterior=True), 3.0
     x, y = m2.sample(13)
@@ -322,11 +323,13 @@ def test_a_batch_stands_for_all_data() -> None:
     split = data.known_or_not(data.as_split((x, partly)))
     order = split.order(5)
     assert (order.given, order.batch_size, order.share) == (1, 5, 3 / 13)
-    bound = m2.losses(x[:3], y[:3], 0.0).sum() + m2.losses(x[3:], None, 0.0).sum()
+    weight = 3 / 13 if share is None else share
+    others = (1 - weight) * m2.losses(x[3:], None, 0.0).mean()
+    bound = weight * m2.losses(x[:3], y[:3], 0.0).mean() + others
     classified = -m2.log_qy(x[:3]).gather(1, y[:3, None]).mean()
     params = list(m2.parameters())
-    whole = flat_grads(bound / 13 + alpha * classified, params)
-    goal, draws = SemiSupervised(alpha=alpha), []
+    whole = flat_grads(bound + alpha * classified, params)
+    goal, draws = SemiSupervised(alpha=alpha, share=share), []
     goal.arrange(order.given, order.share)
     for _ in range(60):
         each = []
@@ -1017,6 +1020,12 @@ def test_guides_that_do_not_know_what_a_label_is_are_refused(guide: Any, reason:
 def test_weights_of_the_objective_are_numbers_from_0_on(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name} must be a number from 0 on, got"):
         SemiSupervised(**{name: value})
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, math.nan])
+def test_the_share_of_labelled_data_is_one(share: float) -> None:
+    with pytest.raises(ValueError, match="share must be a number from 0 to 1, got"):
+        SemiSupervised(share=share)
 
 
 def normal(*shape_and_dim: int) -> guides.Normal:

@@ -41,24 +41,37 @@ class SemiSupervised(Objective):
         num_particles: Draws of z per datum.
         alpha: Weight of the classification, in nats per nat of cross-entropy. The paper's is 0.1.
         beta: Weight of the KL of the continuous latents; 1 is the bound.
+        share: Weight of the mean over data with labels, the others having what it leaves of 1; the
+            share of all data that have one if None, which is the bound. Maaloe et al. take 0.5,
+            with an alpha of 0.05 times data per label.
 
     References:
-        Semi-supervised Learning with Deep Generative Models (Kingma et al., 2014), arXiv:1406.5298
+        Semi-supervised Learning with Deep Generative Models (Kingma et al., 2014),
+        arXiv:1406.5298; Auxiliary Deep Generative Models (Maaloe et al., 2016), arXiv:1602.05473
     """
 
     density, scaled, labels = True, False, True
 
-    def __init__(self, num_particles: int = 1, alpha: float = 0.1, beta: float = 1.0):
+    def __init__(
+        self,
+        num_particles: int = 1,
+        alpha: float = 0.1,
+        beta: float = 1.0,
+        share: float | None = None,
+    ):
         super().__init__(num_particles)
         for name, value in (("alpha", alpha), ("beta", beta)):
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be a number from 0 on, got {value}")
-        self.alpha, self.beta = alpha, beta
+        if share is not None and not 0 <= share <= 1:
+            raise ValueError(f"share must be a number from 0 to 1, got {share}")
+        self.alpha, self.beta, self.share = alpha, beta, share
         self._given: tuple[int, float] | None = None
 
     def arrange(self, given: int | None, share: float) -> None:
-        """Take note of which rows have labels, and for what share of all data they stand."""
-        self._given = None if given is None else (given, share)
+        """Take note of which rows have labels, and which share of all data does."""
+        weight = share if self.share is None else self.share
+        self._given = None if given is None else (given, weight)
 
     def surrogate(
         self, model: PyroFunction, guide: PyroFunction, args: Args, kl_weight: Tensor | float = 1.0
