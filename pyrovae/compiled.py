@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyrovae import _products
+from pyrovae import _elementary, _products
 
 Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 Function = TypeVar("Function", bound=Callable[..., Sequence[Any]])
@@ -92,7 +92,7 @@ def compile_function(
         task: What runs uncompiled where it fails, for the warning.
     """
     try:
-        graph = _traced(function, args, trial, kept)
+        graph = _traced(function, args, trial, kept, compile=True)
         return _made(graph, args, kept)
     except Exception as error:  # whatever Pyro, the tracer, the compiler or a toolchain raises
         _warn(task, error)
@@ -134,7 +134,7 @@ def compile_halves(
         task: What runs uncompiled where it fails, for the warning.
     """
     try:
-        graph = _traced(function, args, trial, kept)
+        graph = _traced(function, args, trial, kept, compile)
         first, rest = _cut(graph, count)
         fixed = first(*trial[:count])
         for others in (args[count:], trial[count:]):  # twice: the first half's numbers stay
@@ -179,12 +179,14 @@ def _traced(
     args: Sequence[Tensor],
     trial: Sequence[Tensor],
     kept: Callable[[], AbstractContextManager],
+    compile: bool,
 ) -> fx.GraphModule:
-    """A graph of the function that agrees with it on other arguments."""
+    """A graph of the function, to be compiled or not, that agrees with it on other arguments."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with kept():
-            graph: fx.GraphModule = make_fx(function)(*args)
+            table = _elementary.by_way_of_log_and_exp() if compile else None
+            graph: fx.GraphModule = make_fx(function, decomposition_table=table)(*args)
         _refuse_frozen(function, torch.no_grad()(graph), trial, kept)
     return graph
 
