@@ -1006,6 +1006,7 @@ def test_whole_numbers_below_zero_are_no_labels_to_a_program_without_any() -> No
     [
         (lambda m2: lambda x, y=None: m2.guide(x), "'y' is summed out though its label is given"),
         (lambda m2: lambda x, y=None: m2.guide(x, x[:, 0].long() * 0), "it marks 0 sites"),
+        (lambda m2: lambda x, y: m2.guide(x, y), r"be left out: the guide takes \(x, y\)"),
     ],
 )
 def test_guides_that_do_not_know_what_a_label_is_are_refused(guide: Any, reason: str) -> None:

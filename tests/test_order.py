@@ -72,7 +72,7 @@ def test_which_labels_stay_is_chosen_by_the_seed_alone() -> None:
         (whole(), 41, "num_labels must be from 4, one for each class, to 40"),
         (replace(whole(), y=(torch.arange(40) > 37).long()), 6, "takes 3 of class 1, of which"),
         (replace(whole(), y=None), 4, "has no labels"),
-        (data.hide_labels(whole(), 8), 4, "has several arguments already"),
+        (data.hide_labels(whole(), 8), 4, "has labels beside the data already"),
     ],
 )
 def test_labels_that_are_not_there_cannot_stay(split: Split, num_labels: int, reason: str) -> None:

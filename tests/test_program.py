@@ -774,7 +774,7 @@ REFUSED = {
         P.guide,
         "fails on a batch of 7 rows",
     ),
-    "too few arguments": (lambda: None, P.guide, "the model fails on a batch of 7 rows: TypeError"),
+    "too few arguments": (lambda: None, P.guide, r"the model takes \(\), and the data are x alone"),
 }
 
 
@@ -821,6 +821,26 @@ def test_entries_that_look_like_rows_are_refused(dim):
 
     with pytest.raises(ValueError, match=r"log densities|fail"):
         program.check(model, P.guide, (torch.zeros(9, dim),))
+
+
+@pytest.mark.parametrize(
+    ("args", "takes", "found"),
+    [
+        ((torch.zeros(3, 2),) * 2, r"\(x\)", r"2 tensors, as \(x, y\) is two"),
+        ((torch.zeros(3, 2),), r"\(x, y\)", "x alone"),
+    ],
+)
+def test_data_of_other_parts_than_the_program_takes_are_refused(args, takes, found):
+    def of_one(x):
+        pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+
+    def of_two(x, y):
+        of_one(x)
+
+    function = of_one if len(args) == 2 else of_two
+    for check in (program.check, program.observed_support):
+        with pytest.raises(ValueError, match=f"the model takes {takes}, and the data are {found}"):
+            check(function, function, args)
 
 
 def test_a_scale_is_refused_on_request():

@@ -85,9 +85,10 @@ class Split:
         Raises:
             ValueError: If there are none, or they are there already.
         """
-        if self.y is None or isinstance(self.data, tuple):
-            why = "has no labels" if self.y is None else "has several arguments already"
-            raise ValueError(f"{self.source} {why}: give them as y, one for each datum")
+        if isinstance(self.data, tuple):
+            raise ValueError(f"{self.source} has labels beside the data already")
+        if self.y is None:
+            raise ValueError(f"{self.source} has no labels: give them as y, one for each datum")
         return replace(self, data=(self.data, self.y), transform=Labelled(self.transform))
 
     @property

@@ -145,6 +145,10 @@ class SemiSupervised(Objective):
 
     def _log_qy(self, guide: PyroFunction, args: Args) -> Tensor:
         """Log q(y|x) of data with labels, from the guide without: `(values, rows)`."""
+        try:
+            program.refuse_other_arguments(args[:-1], guide=guide)
+        except Refused as error:
+            raise Refused(f"the label must be one that can be left out: {error}") from None
         summed = self.draw(guide, args[:-1], 1).summed
         if len(summed) != 1:
             raise Refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -67,6 +68,7 @@ def check(
             the data lie outside the likelihood's support.
     """
     refuse_autoguides(guide)
+    refuse_other_arguments(args, model=model, guide=guide)
     few = tuple(arg[torch.arange(ROWS, device=arg.device) % len(arg)] for arg in args)
     with (
         undisturbed(model, guide),
@@ -145,6 +147,7 @@ def observed_support(model: PyroFunction, guide: PyroFunction, args: Args) -> tu
 
     The support is None where no site does, and where its bounds are one for each row.
     """
+    refuse_other_arguments(args, model=model, guide=guide)
     few = tuple(arg[:2] for arg in args)
     with undisturbed(model, guide), validation(False), torch.no_grad():
         try:
@@ -155,6 +158,26 @@ def observed_support(model: PyroFunction, guide: PyroFunction, args: Args) -> tu
         if score.observed and score.value is few[0]:
             return name, None if _by_rows(score.fn.support) else score.fn.support
     return "", None
+
+
+def refuse_other_arguments(args: Args, **functions: PyroFunction) -> None:
+    """Refuse data of more or fewer parts than functions take, which are named by what they are.
+
+    Raises:
+        Refused: With what they take.
+    """
+    for role, function in functions.items():
+        try:
+            signature = inspect.signature(function)
+        except ValueError:  # built in
+            continue
+        try:
+            signature.bind(*args)
+        except TypeError:
+            found = "x alone" if len(args) == 1 else f"{len(args)} tensors, as (x, y) is two"
+            raise Refused(
+                f"the {role} takes ({', '.join(signature.parameters)}), and the data are {found}"
+            ) from None
 
 
 def _by_rows(support: Any) -> bool:
