@@ -70,7 +70,8 @@ def test_which_labels_stay_is_chosen_by_the_seed_alone() -> None:
     [
         (whole(), 3, "num_labels must be from 4, one for each class, to 40, the data of data giv"),
         (whole(), 41, "num_labels must be from 4, one for each class, to 40"),
-        (replace(whole(), y=(torch.arange(40) > 37).long()), 6, "takes 3 of class 1, of which"),
+        (replace(whole(), y=(torch.arange(40) > 37).long()), 6, "class 1, .* has 2: ask for fewer"),
+        (replace(whole(), y=torch.arange(40) % 2 * 2), 6, "class 1, .* has 0: number the classes"),
         (replace(whole(), y=None), 4, "has no labels"),
         (data.hide_labels(whole(), 8), 4, "has labels beside the data already"),
     ],

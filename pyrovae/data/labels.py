@@ -90,9 +90,10 @@ def hide_labels(split: Split, num_labels: int, seed: int = 0) -> Split:
         wanted = num_labels // least + (label < num_labels % least)
         found = shuffled[y[shuffled] == label][:wanted]
         if len(found) < wanted:
+            remedy = "ask for fewer" if len(found) else "number the classes without gaps"
             raise ValueError(
                 f"num_labels {num_labels:,} takes {wanted:,} of class {label}, of which "
-                f"{split.source} has {len(found):,}: ask for fewer"
+                f"{split.source} has {len(found):,}: {remedy}"
             )
         kept[found] = label
     return _partly(whole, kept.to(split.y.device), f"{num_labels:,} with labels, by seed {seed}")
