@@ -39,7 +39,17 @@ def expm1(x: Tensor) -> Tensor:
 
 
 def by_way_of_log_and_exp() -> dict[Any, Callable[..., Any]]:
-    """Operations, and what a tracer puts in their place until neither of the two is left."""
-    of_log1p = [_aten.binary_cross_entropy_with_logits, _aten.log_sigmoid_forward, _aten.softplus]
-    own = {_aten.log1p.default: log1p, _aten.expm1.default: expm1}
-    return {**get_decompositions(of_log1p), **own}
+    """Operations, and what a tracer puts in their place, so that neither of the two is left.
+
+    Of less than 32 bits they are left, as torch computes those in more.
+    """
+    made_of_them = [
+        _aten.binary_cross_entropy_with_logits, _aten.elu, _aten.log_sigmoid_forward,
+        _aten.logaddexp, _aten.mish, _aten.softplus,
+    ]  # fmt: skip
+    own = {_aten.log1p.default: _of_wide(log1p), _aten.expm1.default: _of_wide(expm1)}
+    return {**get_decompositions(made_of_them), **own}
+
+
+def _of_wide(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Any]:
+    return lambda x: function(x) if x.dtype in (torch.float32, torch.float64) else NotImplemented

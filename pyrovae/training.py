@@ -174,6 +174,12 @@ def check_data(
     """
     if split is None:
         return
+    if getattr(objective, "labels", False) and isinstance(split.data, tuple):
+        without = program.as_args(split[slice(0, 1)])[:-1]
+        if found := program.misfit(without, model=model, guide=guide):
+            raise ValueError(
+                f"{type(objective).__name__} leaves out a label that is not given, and {found}"
+            )
     if isinstance(split, PartlyLabelled):
         for part in split.parts:
             check_data(model, guide, part, objective)

@@ -1001,12 +1001,20 @@ def test_whole_numbers_below_zero_are_no_labels_to_a_program_without_any() -> No
     assert math.isfinite(row["elbo"])
 
 
+def test_programs_that_always_take_a_label_are_refused_where_it_may_be_left_out() -> None:
+    reason = r"SemiSupervised leaves out a label .*, and the model takes \(x, y\)"
+    with pytest.raises(ValueError, match=reason):
+        pyrovae.fit(
+            conditional(), (binary(6), classes(6)), objective=SemiSupervised(), epochs=1,
+            progress=False,
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("guide", "reason"),
     [
         (lambda m2: lambda x, y=None: m2.guide(x), "'y' is summed out though its label is given"),
         (lambda m2: lambda x, y=None: m2.guide(x, x[:, 0].long() * 0), "it marks 0 sites"),
-        (lambda m2: lambda x, y: m2.guide(x, y), r"be left out: the guide takes \(x, y\)"),
     ],
 )
 def test_guides_that_do_not_know_what_a_label_is_are_refused(guide: Any, reason: str) -> None:

@@ -73,7 +73,7 @@ def test_which_labels_stay_is_chosen_by_the_seed_alone() -> None:
         (replace(whole(), y=(torch.arange(40) > 37).long()), 6, "class 1, .* has 2: ask for fewer"),
         (replace(whole(), y=torch.arange(40) % 2 * 2), 6, "class 1, .* has 0: number the classes"),
         (replace(whole(), y=None), 4, "has no labels"),
-        (data.hide_labels(whole(), 8), 4, "has labels beside the data already"),
+        (data.hide_labels(whole(), 8), 4, "has several tensors already"),
     ],
 )
 def test_labels_that_are_not_there_cannot_stay(split: Split, num_labels: int, reason: str) -> None:

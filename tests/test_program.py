@@ -823,24 +823,50 @@ def test_entries_that_look_like_rows_are_refused(dim):
         program.check(model, P.guide, (torch.zeros(9, dim),))
 
 
-@pytest.mark.parametrize(
-    ("args", "takes", "found"),
-    [
-        ((torch.zeros(3, 2),) * 2, r"\(x\)", r"2 tensors, as \(x, y\) is two"),
-        ((torch.zeros(3, 2),), r"\(x, y\)", "x alone"),
-    ],
-)
-def test_data_of_other_parts_than_the_program_takes_are_refused(args, takes, found):
-    def of_one(x):
+class OfTwo(PyroModule):
+    def forward(self, x, *, y):
         pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
 
-    def of_two(x, y):
-        of_one(x)
 
-    function = of_one if len(args) == 2 else of_two
+def of_one(x):
+    pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+
+
+@pytest.mark.parametrize(
+    ("model", "guide", "parts", "reason"),
+    [
+        (of_one, of_one, 2, r"the model takes \(x\), and the data are 2 tensors, as \(x, y\) is"),
+        (lambda x, y=None: of_one(x), of_one, 2, r"the guide takes \(x\), and the data are 2"),
+        (OfTwo(), of_one, 1, r"the model takes \(x, \*, y\), and the data are x alone"),
+    ],
+    ids=["model", "guide", "module"],
+)
+def test_data_of_other_parts_than_the_program_takes_are_refused(model, guide, parts, reason):
     for check in (program.check, program.observed_support):
-        with pytest.raises(ValueError, match=f"the model takes {takes}, and the data are {found}"):
-            check(function, function, args)
+        with pytest.raises(ValueError, match=reason):
+            check(model, guide, (torch.zeros(3, 2),) * parts)
+
+
+def test_what_a_decorator_supplies_is_not_asked_of_the_data():
+    def with_scale(function):
+        @functools.wraps(function)
+        def of_data(x):
+            return function(x, 1.0)
+
+        return of_data
+
+    @with_scale
+    def model(x, scale):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, scale))
+            pyro.sample("x", dist.Normal(z, scale), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    for wrapped in (model, poutine.scale(model, 1.0)):
+        program.check(wrapped, guide, (torch.zeros(3),))
 
 
 def test_a_scale_is_refused_on_request():

@@ -86,7 +86,7 @@ class Split:
             ValueError: If there are none, or they are there already.
         """
         if isinstance(self.data, tuple):
-            raise ValueError(f"{self.source} has labels beside the data already")
+            raise ValueError(f"{self.source} has several tensors already: labels stand beside one")
         if self.y is None:
             raise ValueError(f"{self.source} has no labels: give them as y, one for each datum")
         return replace(self, data=(self.data, self.y), transform=Labelled(self.transform))

@@ -21,8 +21,10 @@ class SemiSupervised(Objective):
 
     and the loss, per datum, is
 
-    .. math:: -\frac{1}{N} \Bigl(\sum_{labelled} L(x, y) + \sum_{others} U(x)\Bigr)
-        - \alpha \, E_{labelled} \log q(y|x).
+    .. math:: - s \, E_{labelled} L(x, y) - (1 - s) \, E_{others} U(x)
+        - \alpha \, E_{labelled} \log q(y|x),
+
+    with s the share of data that have a label: the bound of all data, and the last term.
 
     The classifier q(y|x) is part of the bound only where there is no label; the last term teaches
     it where there is. Every site that the guide marks for enumeration is summed so, one batch of
@@ -30,8 +32,8 @@ class SemiSupervised(Objective):
     estimates as well.
 
     The label is the last argument of model and guide, and left out where it is not given. `fit`
-    takes data with labels for some (-1 for the others), and sees to it that each batch has its
-    share of labelled data, weighed as in the loss above.
+    takes data with labels for some (-1 for the others), and sees to it that each batch has data of
+    both kinds, weighed as in the loss above.
 
     Training that warms up (`kl_warmup`) warms up the label, not the KL of z: until then the
     classifier learns from labels alone, and the model from what it says. From the start data
@@ -41,9 +43,8 @@ class SemiSupervised(Objective):
         num_particles: Draws of z per datum.
         alpha: Weight of the classification, in nats per nat of cross-entropy. The paper's is 0.1.
         beta: Weight of the KL of the continuous latents; 1 is the bound.
-        share: Weight of the mean over data with labels, the others having what it leaves of 1; the
-            share of all data that have one if None, which is the bound. Maaloe et al. take 0.5,
-            with an alpha of 0.05 times data per label.
+        share: Another s where some data have labels and some have not. Maaloe et al. take 0.5, with
+            an alpha of 0.05 times data per label.
 
     References:
         Semi-supervised Learning with Deep Generative Models (Kingma et al., 2014),
@@ -145,10 +146,6 @@ class SemiSupervised(Objective):
 
     def _log_qy(self, guide: PyroFunction, args: Args) -> Tensor:
         """Log q(y|x) of data with labels, from the guide without: `(values, rows)`."""
-        try:
-            program.refuse_other_arguments(args[:-1], guide=guide)
-        except Refused as error:
-            raise Refused(f"the label must be one that can be left out: {error}") from None
         summed = self.draw(guide, args[:-1], 1).summed
         if len(summed) != 1:
             raise Refused(

@@ -68,7 +68,7 @@ def check(
             the data lie outside the likelihood's support.
     """
     refuse_autoguides(guide)
-    refuse_other_arguments(args, model=model, guide=guide)
+    refuse_other_arguments(model, guide, args)
     few = tuple(arg[torch.arange(ROWS, device=arg.device) % len(arg)] for arg in args)
     with (
         undisturbed(model, guide),
@@ -147,12 +147,12 @@ def observed_support(model: PyroFunction, guide: PyroFunction, args: Args) -> tu
 
     The support is None where no site does, and where its bounds are one for each row.
     """
-    refuse_other_arguments(args, model=model, guide=guide)
+    refuse_other_arguments(model, guide, args)
     few = tuple(arg[:2] for arg in args)
     with undisturbed(model, guide), validation(False), torch.no_grad():
         try:
             scores = score_sites(model, few, draw(guide, few).values)
-        except (RuntimeError, IndexError, ValueError):  # `check` finds out why
+        except (RuntimeError, IndexError, TypeError, ValueError):  # `check` finds out why
             return "", None
     for name, score in scores.items():
         if score.observed and score.value is few[0]:
@@ -160,24 +160,31 @@ def observed_support(model: PyroFunction, guide: PyroFunction, args: Args) -> tu
     return "", None
 
 
-def refuse_other_arguments(args: Args, **functions: PyroFunction) -> None:
-    """Refuse data of more or fewer parts than functions take, which are named by what they are.
+def refuse_other_arguments(model: PyroFunction, guide: PyroFunction, args: Args) -> None:
+    """Refuse data of more or fewer parts than model and guide take.
 
     Raises:
         Refused: With what they take.
     """
+    if found := misfit(args, model=model, guide=guide):
+        parts = "x alone" if len(args) == 1 else f"{len(args)} tensors, as (x, y) is two"
+        raise Refused(f"{found}, and the data are {parts}")
+
+
+def misfit(args: Args, **functions: PyroFunction) -> str | None:
+    """What the first of some functions takes that does not take these, by name; None if all do."""
     for role, function in functions.items():
+        called = function.forward if isinstance(function, nn.Module) else function
         try:
-            signature = inspect.signature(function)
-        except ValueError:  # built in
+            signature = inspect.signature(called, follow_wrapped=False)
+        except ValueError:  # of what is built in, and of Pyro's handlers
             continue
         try:
             signature.bind(*args)
         except TypeError:
-            found = "x alone" if len(args) == 1 else f"{len(args)} tensors, as (x, y) is two"
-            raise Refused(
-                f"the {role} takes ({', '.join(signature.parameters)}), and the data are {found}"
-            ) from None
+            bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+            return f"the {role} takes {inspect.Signature(bare)}"
+    return None
 
 
 def _by_rows(support: Any) -> bool:
