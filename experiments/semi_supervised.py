@@ -69,34 +69,34 @@ NET, DEEP = nets.MLP(hidden=(500,)), nets.MLP(hidden=(500, 500))
 ACTIVE = 0.01  # variance of the posterior mean over the data (Burda et al., 2016)
 
 Epochs = dict[str, int]
+Found = tuple[Tensor, list[float]]
+"""Probabilities of the test data's classes, and the test error after each epoch of training."""
 
 
-def m1(dataset: data.DataSet, few: data.Split, epochs: Epochs) -> Tensor:
+def m1(dataset: data.DataSet, few: data.Split, epochs: Epochs) -> Found:
     """A support vector machine on the codes of a VAE that saw no label: classes as one-hot."""
     (codes, test), known = active_codes(dataset, epochs["M1"]), few.y >= 0
     machine = SVC(C=10).fit(codes[known].numpy(), few.y[known])
     found = machine.predict(test.numpy())
-    return one_hot(torch.as_tensor(found), num_classes(dataset)).float()
+    return one_hot(torch.as_tensor(found), num_classes(dataset)).float(), []
 
 
-def m2(dataset: data.DataSet, few: data.Split, epochs: Epochs) -> Tensor:
+def m2(dataset: data.DataSet, few: data.Split, epochs: Epochs) -> Found:
     """q(y|x) of a VAE of x and y."""
     c = num_classes(dataset)
     vae = with_classifier(likelihoods.Bernoulli(dataset.shape, STYLE + c, NET), c)
-    pyrovae.fit(vae, few, **options("M2", few, epochs), progress=False)
-    return of_all(vae.classify, dataset.test)
+    return trained(vae, few, dataset.test, dataset.test.y, options("M2", few, epochs))
 
 
-def m1_m2(dataset: data.DataSet, few: data.Split, epochs: Epochs) -> Tensor:
+def m1_m2(dataset: data.DataSet, few: data.Split, epochs: Epochs) -> Found:
     """The same on the codes of a VAE that saw no label, those of its active units."""
     c, (codes, test) = num_classes(dataset), active_codes(dataset, epochs["M1"])
     likelihood = likelihoods.Normal(codes.shape[1:], STYLE + c, NET, scale="amortized")
     vae = with_classifier(likelihood, c)
-    pyrovae.fit(vae, (codes, few.y), **options("M1+M2", few, epochs), progress=False)
-    return vae.classify(test)
+    return trained(vae, (codes, few.y), test, dataset.test.y, options("M1+M2", few, epochs))
 
 
-def skip(dataset: data.DataSet, few: data.Split, epochs: Epochs) -> Tensor:
+def skip(dataset: data.DataSet, few: data.Split, epochs: Epochs) -> Found:
     """q(y|x, a) of a skip deep generative model, its objective weighed as by its authors."""
     c, entries = num_classes(dataset), dataset.train.x[0].numel()
     net, deep = nets.MLP((500,), "relu"), nets.MLP((500, 500), "relu")
@@ -108,11 +108,10 @@ def skip(dataset: data.DataSet, few: data.Split, epochs: Epochs) -> Tensor:
         guides.Normal(dataset.shape, CODES, net),
         Classifier((entries + CODES,), c, deep),
     )
-    pyrovae.fit(vae, few, **options("skip", few, epochs), progress=False)
-    return of_all(vae.classify, dataset.test)
+    return trained(vae, few, dataset.test, dataset.test.y, options("skip", few, epochs))
 
 
-MODELS: dict[str, Callable[..., Tensor]] = {"M1 + SVM": m1, "M2": m2, "M1+M2": m1_m2, "skip": skip}
+MODELS: dict[str, Callable[..., Found]] = {"M1 + SVM": m1, "M2": m2, "M1+M2": m1_m2, "skip": skip}
 
 
 @cache
@@ -126,6 +125,20 @@ def active_codes(dataset: data.DataSet, epochs: int) -> tuple[Tensor, Tensor]:
     used = codes.var(0) >= codes.var(0).max().clamp(max=ACTIVE)
     torch.random.set_rng_state(state)
     return codes[:, used], of_all(vae.encode, dataset.test)[:, used]
+
+
+def trained(
+    vae: SemiSupervisedVAE, train: Any, test: data.Split | Tensor, y: Tensor, how: dict[str, Any]
+) -> Found:
+    """Fit a new model to data with labels for some, and classify the test data."""
+    curve: list[float] = []
+
+    def note(vae: SemiSupervisedVAE, row: dict[str, float]) -> None:
+        wrong = of_all(vae.classify, test).argmax(1) != y
+        curve.append(float(wrong.double().mean()))
+
+    pyrovae.fit(vae, train, **how, progress=False, on_epoch=note)
+    return of_all(vae.classify, test), curve
 
 
 def options(name: str, few: data.Split, epochs: Epochs) -> dict[str, Any]:
@@ -162,7 +175,7 @@ def num_classes(dataset: data.DataSet) -> int:
     return int(dataset.train.y.max()) + 1
 
 
-def of_all(function: Callable[[Tensor], Tensor], split: data.Split) -> Tensor:
+def of_all(function: Callable[[Tensor], Tensor], split: data.Split | Tensor) -> Tensor:
     """A function of all data, a thousand at a time."""
     return torch.cat([function(split[i : i + 1000]) for i in range(0, len(split), 1000)])
 
@@ -173,10 +186,10 @@ def one(
     """Train and judge one model with one draw of labels."""
     start = time.perf_counter()
     torch.manual_seed(seed)
-    probs = MODELS[name](dataset, few, epochs)
+    probs, curve = MODELS[name](dataset, few, epochs)
     found = Classification(probs, dataset.test.y, dataset.test.description).summary()
     about = {"settings": settings(name, few, epochs), "seconds": time.perf_counter() - start}
-    return found | about | {"made_by": made_by()}
+    return found | {"error_by_epoch": curve} | about | {"made_by": made_by()}
 
 
 def table(found: dict[str, Any]) -> str:
@@ -201,21 +214,26 @@ def _cell(runs: dict[str, Any]) -> str:
 
 
 def figure(found: dict[str, Any], of: str) -> plt.Figure:
-    """Error by number of labels."""
-    made, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    for (name, rows), marker in zip(found.items(), "osD^", strict=False):
+    """Error by number of labels, and by epoch with the fewest where that was noted."""
+    made, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    fewest = min((count for rows in found.values() for count in rows), key=int)
+    for index, ((name, rows), marker) in enumerate(zip(found.items(), "osD^", strict=False)):
         each = [(int(n), [100 * r["error"] for r in runs.values()]) for n, runs in rows.items()]
         means = sorted((n, statistics.fmean(errors)) for n, errors in each)
-        (line,) = axis.plot(*zip(*means, strict=True), label=name, marker=marker)
+        left.plot(*zip(*means, strict=True), label=name, marker=marker, color=f"C{index}")
         points = [(n, error) for n, errors in each for error in errors]
-        axis.scatter(*zip(*points, strict=True), s=8, alpha=0.5, color=line.get_color())
-    axis.set(xscale="log", yscale="log", xlabel="labels", ylabel="test error, %")
+        left.scatter(*zip(*points, strict=True), s=8, alpha=0.5, color=f"C{index}")
+        for run in rows.get(fewest, {}).values():
+            errors = [100 * error for error in run.get("error_by_epoch", [])]
+            right.plot(range(1, len(errors) + 1), errors, color=f"C{index}")
+    left.set(xscale="log", yscale="log", xlabel="labels", ylabel="test error, %")
     ticks = sorted({int(count) for rows in found.values() for count in rows})
-    axis.set_xticks(ticks, [str(tick) for tick in ticks])
-    axis.set_yticks([3, 5, 10, 20, 40], ["3", "5", "10", "20", "40"])
-    axis.minorticks_off()
-    axis.set_title(f"Test error by number of labels, {of}: draws and their means")
-    axis.legend(frameon=False)
+    left.set_xticks(ticks, [str(tick) for tick in ticks])
+    left.set_yticks([3, 5, 10, 20, 40], ["3", "5", "10", "20", "40"])
+    left.minorticks_off()
+    left.set_title(f"Test error by number of labels, {of}: draws and their means")
+    left.legend(frameon=False)
+    right.set(xlabel="epoch", title=f"as training goes on, {fewest} labels")
     return made
 
 
