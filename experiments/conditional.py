@@ -10,7 +10,8 @@ Expected: 95 % or more.
 Two models: one of 10 latents, for styles and analogies, one of 2, whose plane is decoded under two
 classes. The judge is a support vector machine on grey pixels of the training images. Test images
 are encoded with their label and decoded under every other one. Writes
-experiments/results/conditional.json, conditional-analogies.png, -styles.png and -plane.png.
+experiments/results/conditional.json, conditional-analogies.png, -styles.png and -plane.png; of
+other data conditional-DATA.json and so on.
 """
 
 from __future__ import annotations
@@ -79,8 +80,8 @@ def main() -> None:
     """Train, judge, draw."""
     asked = parser(__doc__, data=None).parse_args()
     epochs = 2 if asked.smoke else 300 if asked.data == "digits" else 30
-    folder = _results.folder(asked)
-    start = time.perf_counter()
+    stem = "conditional" if asked.data == "digits" else f"conditional-{asked.data}"
+    folder, start = _results.folder(asked), time.perf_counter()
     dataset = data.load(asked.data, asked.data_root)
     vae, judge = train(dataset, 10, epochs), judge_of(dataset)
     real = float((predicted(judge, grey(dataset.test)) == dataset.test.y).double().mean())
@@ -95,7 +96,7 @@ def main() -> None:
         "styles": plotting.styles(vae),
         "plane": planes(train(dataset, 2, epochs)),
     }.items():
-        _results.save_figure(figure, folder / f"conditional-{name}.png")
+        _results.save_figure(figure, folder / f"{stem}-{name}.png")
     found = {
         "of_the_class_asked_for": share, "std_error": error, "judge_on_test_images": real,
         "log_px_given_y": bound.mean, "log_px_test_std_error": bound.test_std_error,
@@ -104,7 +105,7 @@ def main() -> None:
         "epochs": epochs, "seconds": time.perf_counter() - start, "seed": 0,
         "made_by": made_by(),
     }  # fmt: skip
-    write_json(folder / "conditional.json", found)
+    write_json(folder / f"{stem}.json", found)
     print(f"log p(x|y) >= {bound.mean:.2f} nats (K = {bound.num_particles:,})")
     print(f"judge right on {real:.1%} of real test images")
     print(f"decoded under another label, judged to be of it: {share:.1%} +- {error:.1%}")
