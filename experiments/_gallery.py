@@ -47,9 +47,9 @@ def grey(split: Split) -> Tensor:
     return split.x / split.x.max()
 
 
-def judge_of(dataset: DataSet) -> SVC:
-    """A classifier of grey images, of the first 10,000 training images."""
-    x, y = grey(dataset.train)[:10_000], dataset.train.y[:10_000]
+def judge_of(dataset: DataSet, num_data: int = 10_000) -> SVC:
+    """A classifier of grey images, of the first training images."""
+    x, y = grey(dataset.train)[:num_data], dataset.train.y[:num_data]
     return SVC(C=10).fit(x.flatten(1).numpy(), y.numpy())
 
 

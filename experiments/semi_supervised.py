@@ -3,7 +3,7 @@
 Question: what is the test error of each semi-supervised model, by the number of labels?
 Command:  python experiments/semi_supervised.py          (embedded digits)
           python experiments/semi_supervised.py --data mnist --data-root DATA
-Hardware: two cores, no GPU; two minutes, on MNIST a core for each model and a night.
+Hardware: two cores, no GPU; two and a half minutes, on MNIST a night.
 Expected: on MNIST with 100 / 600 / 1000 / 3000 labels M1 and a support vector machine 11.8 / 5.7 /
           4.2 / 3.5 %, M2 12.0 / 4.9 / 3.6 / 3.9 %, M1+M2 3.3 / 2.6 / 2.4 / 2.2 % (Kingma et al.,
           2014, arXiv:1406.5298); the skip model 1.3 % with 100 (Maaloe et al., 2016,

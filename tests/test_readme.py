@@ -59,8 +59,9 @@ def test_table_of_labels_is_what_the_experiment_wrote(name, monkeypatch):
     assert module.table(found) in README
 
 
-def test_share_of_the_class_asked_for_is_what_the_experiment_wrote():
-    found = json.loads((EXPERIMENTS / "results" / "conditional.json").read_text())
+@pytest.mark.parametrize("name", ["conditional", "conditional-mnist"])
+def test_share_of_the_class_asked_for_is_what_the_experiment_wrote(name):
+    found = json.loads((EXPERIMENTS / "results" / f"{name}.json").read_text())
     assert f"{found['of_the_class_asked_for']:.1%} of decoded images" in " ".join(README.split())
 
 

@@ -5,7 +5,7 @@ Question: for a semi-supervised VAE whose batch has no labels, what does a step 
           SVI, on a program as one writes it and on pyrovae's own?
 Command:  python experiments/benchmarks/labels.py --data-root DATA
 Hardware: two cores, no GPU; about two minutes.
-Expected: more than twice as fast as Pyro, and as torch by hand, compiled.
+Expected: three times as fast as Pyro, and as torch by hand, compiled.
 
 The networks are 784-500-50 with ReLU, one hidden layer each for q(y|x), q(z|x, y) and p(x|y, z).
 Peers run interleaved in one process; figures are medians. Writes
