@@ -68,7 +68,7 @@ def check(
             the data lie outside the likelihood's support.
     """
     refuse_autoguides(guide)
-    refuse_other_arguments(model, guide, args)
+    _refuse_other_arguments(model, guide, args)
     few = tuple(arg[torch.arange(ROWS, device=arg.device) % len(arg)] for arg in args)
     with (
         undisturbed(model, guide),
@@ -147,7 +147,7 @@ def observed_support(model: PyroFunction, guide: PyroFunction, args: Args) -> tu
 
     The support is None where no site does, and where its bounds are one for each row.
     """
-    refuse_other_arguments(model, guide, args)
+    _refuse_other_arguments(model, guide, args)
     few = tuple(arg[:2] for arg in args)
     with undisturbed(model, guide), validation(False), torch.no_grad():
         try:
@@ -160,7 +160,7 @@ def observed_support(model: PyroFunction, guide: PyroFunction, args: Args) -> tu
     return "", None
 
 
-def refuse_other_arguments(model: PyroFunction, guide: PyroFunction, args: Args) -> None:
+def _refuse_other_arguments(model: PyroFunction, guide: PyroFunction, args: Args) -> None:
     """Refuse data of more or fewer parts than model and guide take.
 
     Raises:
