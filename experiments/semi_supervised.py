@@ -229,11 +229,13 @@ def figure(found: dict[str, Any], of: str) -> plt.Figure:
     left.set(xscale="log", yscale="log", xlabel="labels", ylabel="test error, %")
     ticks = sorted({int(count) for rows in found.values() for count in rows})
     left.set_xticks(ticks, [str(tick) for tick in ticks])
-    left.set_yticks([3, 5, 10, 20, 40], ["3", "5", "10", "20", "40"])
+    low, high = left.get_ylim()
+    shown = [tick for tick in (3, 5, 10, 20, 40, 80) if low <= tick <= high]
+    left.set_yticks(shown, [str(tick) for tick in shown])
     left.minorticks_off()
-    left.set_title(f"Test error by number of labels, {of}: draws and their means")
+    left.set_title(f"{of}: draws of labels, and their means")
     left.legend(frameon=False)
-    right.set(xlabel="epoch", title=f"as training goes on, {fewest} labels")
+    right.set(xlabel="epoch", title=f"as training goes on, {fewest} labels, a line a draw")
     return made
 
 
