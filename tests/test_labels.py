@@ -215,11 +215,19 @@ class M2(nn.Module):
         return torch.stack(found, -1)
 
     def losses(
-        self, x: Tensor, y: Tensor | None, alpha: float, weight: float = 1.0, warm: bool = True
+        self,
+        x: Tensor,
+        y: Tensor | None,
+        alpha: float,
+        weight: float = 1.0,
+        warm: bool = True,
+        top_k: int = CLASSES,
     ) -> Tensor:
         """The loss of each datum, with a label or without."""
         bounds, log_qy = self.bounds(x, weight), self.log_qy(x)
         if y is None:
+            log_qy, top = log_qy.topk(top_k)
+            bounds, log_qy = bounds.gather(1, top), log_qy.log_softmax(1)
             log_qy = log_qy if warm else log_qy.detach()
             return -(log_qy.exp() * (bounds - log_qy)).sum(-1)
         return -(bounds + alpha * log_qy).gather(1, y[:, None])[:, 0]
@@ -311,6 +319,32 @@ def test_loss_and_gradients_are_exact_in_the_mean(
         for _ in range(40)
     ]
     check_mean(draws, flat_grads(exact, params))
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_the_most_probable_labels_are_summed_alone(warm: bool) -> None:
+    m2, goal = M2(), SemiSupervised(num_particles=300, top_k=2)
+    x, _ = m2.sample(5)
+    params = list(m2.parameters())
+    weight = torch.tensor(1.0 if warm else 0.6)
+    draws = [
+        flat_grads(goal.surrogate(m2.model, m2.guide, (x,), weight)[0], params) for _ in range(40)
+    ]
+    check_mean(draws, flat_grads(m2.losses(x, None, 0.0, warm=warm, top_k=2).sum(), params))
+
+
+def test_a_bound_of_the_most_probable_labels_is_below_that_of_all() -> None:
+    m2 = M2(posterior=True, told=True)
+    x, y = m2.sample(6)
+    log_pxy = m2.log_pxy(x).detach()
+    for top_k in (2, CLASSES, CLASSES + 1):
+        goal = SemiSupervised(top_k=top_k)
+        bound = log_pxy.topk(min(top_k, CLASSES)).values.logsumexp(1)
+        loss, terms = goal.surrogate(m2.model, m2.guide, (x,))
+        torch.testing.assert_close(loss, -bound.sum())
+        torch.testing.assert_close(terms["elbo"], bound.sum())
+        of_labels = goal.surrogate(m2.model, m2.guide, (x, y))[0]
+        torch.testing.assert_close(of_labels, surrogate(SemiSupervised(), m2, (x, y)))
 
 
 @pytest.mark.parametrize("share", [None, 0.5, 0.0, 1.0])
@@ -827,8 +861,9 @@ def test_few_labels_teach_classes() -> None:
 
 
 @pytest.mark.slow
-def test_a_compiled_step_with_auxiliary_latents_is_the_eager_one() -> None:
-    vae, goal = auxiliary(), SemiSupervised(alpha=0.5)
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_a_compiled_step_with_auxiliary_latents_is_the_eager_one(top_k: int | None) -> None:
+    vae, goal = auxiliary(), SemiSupervised(alpha=0.5, top_k=top_k)
     goal.arrange(3, 0.4)
 
     def loss(kl_weight: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -1035,6 +1070,22 @@ def test_weights_of_the_objective_are_numbers_from_0_on(name: str, value: float)
 def test_the_share_of_labelled_data_is_one(share: float) -> None:
     with pytest.raises(ValueError, match="share must be a number from 0 to 1, got"):
         SemiSupervised(share=share)
+
+
+@pytest.mark.parametrize("top_k", [1, 0, 2.5])
+def test_one_label_alone_is_refused(top_k: Any) -> None:
+    with pytest.raises(ValueError, match=r"top_k must be at least 2, .*, got"):
+        SemiSupervised(top_k=top_k)
+
+
+def test_the_most_probable_values_are_those_of_one_site() -> None:
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            for name in ("y", "w"):
+                pyro.sample(name, dist.Categorical(torch.ones(3)), infer=SUMMED)
+
+    with pytest.raises(ValueError, match=r"one site, and this one sums out 'y' and 'w'"):
+        program.draw(guide, (torch.zeros(4, 2),), top_k=2)
 
 
 def normal(*shape_and_dim: int) -> guides.Normal:

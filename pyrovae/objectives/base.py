@@ -43,6 +43,9 @@ class Objective(Configurable, pyro.infer.ELBO):
     by_rows = False
     """Whether the guide runs on the repeated data, so that its distributions are those of rows."""
 
+    top_k: int | None = None
+    """Of a site that is summed out, how many values count, the most probable; all if None."""
+
     def __init__(self, num_particles: int = 1):
         if not isinstance(num_particles, int) or num_particles < 1:
             raise ValueError(f"num_particles must be at least 1, got {num_particles}")
@@ -83,7 +86,7 @@ class Objective(Configurable, pyro.infer.ELBO):
         Raises:
             Refused: With the reason.
         """
-        drawn = program.draw(guide, args, num_particles, self.by_rows)
+        drawn = program.draw(guide, args, num_particles, self.by_rows, self.top_k)
         if self.reparameterized:
             _refuse_undifferentiable(drawn)
         if self.density:

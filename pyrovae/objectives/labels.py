@@ -45,10 +45,14 @@ class SemiSupervised(Objective):
         beta: Weight of the KL of the continuous latents; 1 is the bound.
         share: Another s where some data have labels and some have not. Maaloe et al. take 0.5, with
             an alpha of 0.05 times data per label.
+        top_k: Where there is no label, sum the so many most probable ones only, or all if None.
+            With q(y|x) cut to them this is a bound as well, lower, and cheaper.
 
     References:
         Semi-supervised Learning with Deep Generative Models (Kingma et al., 2014),
-        arXiv:1406.5298; Auxiliary Deep Generative Models (Maaloe et al., 2016), arXiv:1602.05473
+        arXiv:1406.5298; Auxiliary Deep Generative Models (Maaloe et al., 2016), arXiv:1602.05473;
+        for `top_k` Expectation Truncation and the Benefits of Preselection in Training Generative
+        Models (Luecke and Eggert, 2010), JMLR 11
     """
 
     density, scaled, labels = True, False, True
@@ -59,6 +63,7 @@ class SemiSupervised(Objective):
         alpha: float = 0.1,
         beta: float = 1.0,
         share: float | None = None,
+        top_k: int | None = None,
     ):
         super().__init__(num_particles)
         for name, value in (("alpha", alpha), ("beta", beta)):
@@ -66,7 +71,11 @@ class SemiSupervised(Objective):
                 raise ValueError(f"{name} must be a number from 0 on, got {value}")
         if share is not None and not 0 <= share <= 1:
             raise ValueError(f"share must be a number from 0 to 1, got {share}")
-        self.alpha, self.beta, self.share = alpha, beta, share
+        if top_k is not None and not (isinstance(top_k, int) and top_k >= 2):
+            raise ValueError(
+                f"top_k must be at least 2, as one label alone does not move q(y|x), got {top_k}"
+            )
+        self.alpha, self.beta, self.share, self.top_k = alpha, beta, share, top_k
         self._given: tuple[int, float] | None = None
 
     def arrange(self, given: int | None, share: float) -> None:
@@ -146,7 +155,7 @@ class SemiSupervised(Objective):
 
     def _log_qy(self, guide: PyroFunction, args: Args) -> Tensor:
         """Log q(y|x) of data with labels, from the guide without: `(values, rows)`."""
-        summed = self.draw(guide, args[:-1], 1).summed
+        summed = program.draw(guide, args[:-1]).summed  # all values, whatever `top_k`
         if len(summed) != 1:
             raise Refused(
                 "the guide must sample one label where none is given, marked "

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyro
@@ -60,7 +60,8 @@ class Draw:
     """K draws from a guide for each of N data.
 
     Attributes:
-        values: Each latent, `K * N` rows (an enumerated one has its values in front of one row).
+        values: Each latent, `K * N` rows (an enumerated one has its values in front of one row, or
+            in front of each row its own).
         scores: Each latent's density, but for enumerated ones, which are summed over.
         num_particles: K.
         summed: The density of each value of the enumerated latents.
@@ -78,7 +79,13 @@ class Draw:
         return log_q if log_q.dim() != 1 else log_q.reshape(self.num_particles, -1)
 
 
-def draw(guide: PyroFunction, args: Args, num_particles: int = 1, by_rows: bool = False) -> Draw:
+def draw(
+    guide: PyroFunction,
+    args: Args,
+    num_particles: int = 1,
+    by_rows: bool = False,
+    top_k: int | None = None,
+) -> Draw:
     """Draw each latent from the guide, `num_particles` times for each datum.
 
     With one latent the guide runs once and its distribution is drawn from; with several, or
@@ -89,9 +96,13 @@ def draw(guide: PyroFunction, args: Args, num_particles: int = 1, by_rows: bool 
         args: Data: tensors with the same first dimension, N.
         num_particles: K.
         by_rows: Run the guide on the repeated data even if it has one latent.
+        top_k: Of an enumerated latent, take so many of its values, the most probable of each row,
+            with the guide's density of it cut to them.
     """
     sites = latents(trace(guide, args))
-    if num_particles == 1 and not any(map(is_enumerated, sites.values())):
+    if any(map(is_enumerated, sites.values())):
+        return _draw_enumerated(guide, args, num_particles, top_k)
+    if num_particles == 1:
         scores = {name: _score(site, (len(args[0]),)) for name, site in sites.items()}
         return Draw({name: s.value for name, s in scores.items()}, scores, 1)
     return _sampler(guide, args, sites, by_rows)(num_particles)
@@ -366,6 +377,28 @@ class _AllRows(Messenger):
             msg["done"] = True
 
 
+class _MostProbable(Messenger):
+    """An enumerated latent takes, of its values, the k most probable of each row."""
+
+    def __init__(self, top_k: int):
+        super().__init__()
+        self.top_k = top_k
+        self.name: str | None = None
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] or not is_enumerated(msg):
+            return
+        if self.name not in (None, msg["name"]):
+            raise Refused(
+                f"top_k is for a guide that sums out one site, and this one sums out {self.name!r} "
+                f"and {msg['name']!r}"
+            )
+        self.name, fn = msg["name"], msg["fn"]
+        values = fn.enumerate_support(expand=False)
+        top = fn.log_prob(values).topk(min(self.top_k, len(values)), 0).indices
+        msg["value"], msg["done"] = values.reshape(len(values), *fn.event_shape)[top], True
+
+
 def _sampler(
     guide: PyroFunction, args: Args, sites: dict[str, Any], by_rows: bool = False
 ) -> Callable[[int], Draw]:
@@ -401,13 +434,22 @@ def _draw_rows(guide: PyroFunction, rows: Args, num_particles: int) -> Draw:
     return Draw({name: s.value for name, s in scores.items()}, scores, num_particles)
 
 
-def _draw_enumerated(guide: PyroFunction, args: Args, num_particles: int) -> Draw:
+def _draw_enumerated(
+    guide: PyroFunction, args: Args, num_particles: int, top_k: int | None = None
+) -> Draw:
     rows = repeat(args, num_particles)
-    sites = latents(trace(poutine.enum(guide, first_available_dim=-2), rows, owner=guide))
+    if top_k is None:
+        enumerated = poutine.enum(guide, first_available_dim=-2)
+    else:
+        enumerated = _MostProbable(top_k)(guide)
+    sites = latents(trace(enumerated, rows, owner=guide))
     values = {name: site["value"] for name, site in sites.items()}
     shape = (*_front(s for s in sites.values() if is_enumerated(s)), len(rows[0]))
     scores = {name: _score(site, shape) for name, site in sites.items()}
     summed = {name: scores.pop(name) for name, site in sites.items() if is_enumerated(site)}
+    if top_k is not None:
+        ((name, score),) = summed.items()
+        summed[name] = replace(score, log_prob=score.log_prob.log_softmax(0))
     return Draw(values, scores, num_particles, summed)
 
 
