@@ -47,9 +47,9 @@ def vae() -> SemiSupervisedVAE:
     )
 
 
-def ours(x: Tensor, compile: bool = True) -> Peer:
+def ours(x: Tensor, compile: bool = True, top_k: int | None = None) -> Peer:
     """`fit`, an epoch at a time."""
-    return fitting(vae(), SemiSupervised(), x, BATCH, compile)
+    return fitting(vae(), SemiSupervised(top_k=top_k), x, BATCH, compile)
 
 
 class ByHand(nn.Module):
@@ -150,6 +150,7 @@ PEERS: dict[str, Callable[[Tensor], Peer]] = {
     "torch by hand, eager": partial(by_hand, compile=False),
     "pyrovae": ours,
     "pyrovae, eager": partial(ours, compile=False),
+    "pyrovae, the two most probable classes": partial(ours, top_k=2),
     "Pyro's TraceEnum_ELBO": partial(by_pyro, make=Written),
     "Pyro's TraceEnum_ELBO on pyrovae's program": partial(by_pyro, make=vae),
 }
