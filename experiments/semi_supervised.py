@@ -163,12 +163,13 @@ def options(name: str, few: data.Split, epochs: Epochs) -> dict[str, Any]:
     if name == "skip":
         how |= {"lr": 1e-3, "batch_size": 128, "kl_warmup": 0}
     each = len(few) / int((few.y >= 0).sum())  # data that a label stands for
+    weights: dict[str, Any] = {"alpha": 0.05 * each, "share": 0.5}
     if name == "M2 conv":
         how["kl_warmup"] = 5
+        weights["top_k"] = 2
     if name == "M1+M2":
-        return how | {"objective": SemiSupervised(alpha=1.0)}
-    top_k = 2 if name == "M2 conv" else None
-    return how | {"objective": SemiSupervised(alpha=0.05 * each, share=0.5, top_k=top_k)}
+        weights = {"alpha": 1.0}
+    return how | {"objective": SemiSupervised(**weights)}
 
 
 def settings(name: str, few: data.Split, epochs: Epochs) -> dict[str, Any]:

@@ -85,4 +85,6 @@ def environment() -> dict[str, Any]:
             versions[name] = metadata.version(name)
         except ImportError:
             continue
-    return made_by() | versions | {"processor": processor, "cores": os.cpu_count()}
+    instructions = torch.backends.cpu.get_cpu_capability()
+    machine = {"processor": processor, "instructions": instructions, "cores": os.cpu_count()}
+    return made_by() | versions | machine
