@@ -30,7 +30,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -83,18 +83,17 @@ def m1(dataset: data.DataSet, few: data.Split, epochs: Epochs) -> Found:
     return one_hot(torch.as_tensor(found), num_classes(dataset)).float(), []
 
 
-def m2(dataset: data.DataSet, few: data.Split, epochs: Epochs) -> Found:
-    """q(y|x) of a VAE of x and y."""
+def m2(
+    dataset: data.DataSet,
+    few: data.Split,
+    epochs: Epochs,
+    name: str = "M2",
+    net: nets.Net = DEEP,
+) -> Found:
+    """q(y|x), with this network, of a VAE of x and y."""
     c = num_classes(dataset)
-    vae = with_classifier(likelihoods.Bernoulli(dataset.shape, STYLE + c, NET), c)
-    return trained(vae, few, dataset.test, dataset.test.y, options("M2", few, epochs))
-
-
-def m2_conv(dataset: data.DataSet, few: data.Split, epochs: Epochs) -> Found:
-    """M2 with convolutions in q(y|x), and the two most probable labels summed of all."""
-    c = num_classes(dataset)
-    vae = with_classifier(likelihoods.Bernoulli(dataset.shape, STYLE + c, NET), c, CONV)
-    return trained(vae, few, dataset.test, dataset.test.y, options("M2 conv", few, epochs))
+    vae = with_classifier(likelihoods.Bernoulli(dataset.shape, STYLE + c, NET), c, net)
+    return trained(vae, few, dataset.test, dataset.test.y, options(name, few, epochs))
 
 
 def m1_m2(dataset: data.DataSet, few: data.Split, epochs: Epochs) -> Found:
@@ -123,7 +122,7 @@ def skip(dataset: data.DataSet, few: data.Split, epochs: Epochs) -> Found:
 MODELS: dict[str, Callable[..., Found]] = {
     "M1 + SVM": m1,
     "M2": m2,
-    "M2 conv": m2_conv,
+    "M2 conv": partial(m2, name="M2 conv", net=CONV),
     "M1+M2": m1_m2,
     "skip": skip,
 }

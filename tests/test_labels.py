@@ -1074,7 +1074,7 @@ def test_the_share_of_labelled_data_is_one(share: float) -> None:
 
 @pytest.mark.parametrize("top_k", [1, 0, 2.5])
 def test_one_label_alone_is_refused(top_k: Any) -> None:
-    with pytest.raises(ValueError, match=r"top_k must be at least 2, .*, got"):
+    with pytest.raises(ValueError, match=r"top_k must be a whole number from 2 on, .*, got"):
         SemiSupervised(top_k=top_k)
 
 

@@ -73,7 +73,8 @@ class SemiSupervised(Objective):
             raise ValueError(f"share must be a number from 0 to 1, got {share}")
         if top_k is not None and not (isinstance(top_k, int) and top_k >= 2):
             raise ValueError(
-                f"top_k must be at least 2, as one label alone does not move q(y|x), got {top_k}"
+                "top_k must be a whole number from 2 on, as one label alone does not move q(y|x), "
+                f"got {top_k}"
             )
         self.alpha, self.beta, self.share, self.top_k = alpha, beta, share, top_k
         self._given: tuple[int, float] | None = None

@@ -97,7 +97,10 @@ def draw(
         num_particles: K.
         by_rows: Run the guide on the repeated data even if it has one latent.
         top_k: Of an enumerated latent, take so many of its values, the most probable of each row,
-            with the guide's density of it cut to them.
+            with the guide's density of it cut to them and normalised.
+
+    Raises:
+        Refused: If a density is not one number per row, or `top_k` is given for several latents.
     """
     sites = latents(trace(guide, args))
     if any(map(is_enumerated, sites.values())):
