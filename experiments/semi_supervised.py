@@ -140,13 +140,9 @@ def active_codes(
     """Of a VAE that saw no label, its active units alone.
 
     Returns:
-        Codes of training data, codes of test data, and a function that draws codes of any.
+        Codes of training data and of test data, shape `(N, units)`, and a function from images,
+        shape `(batch, *shape)`, to draws from q(z|x), shape `(batch, units)`.
     """
-
-    @torch.no_grad()
-    def drawn(x: Tensor) -> Tensor:
-        return vae.posterior(x).sample()[:, used]
-
     state = torch.random.get_rng_state()
     torch.manual_seed(0)  # the same for every draw of labels
     vae = bernoulli_vae(dataset.shape, CODES, DEEP)
@@ -154,6 +150,11 @@ def active_codes(
     codes = of_all(vae.encode, dataset.train)
     used = codes.var(0) >= codes.var(0).max().clamp(max=ACTIVE)
     torch.random.set_rng_state(state)
+
+    @torch.no_grad()
+    def drawn(x: Tensor) -> Tensor:
+        return vae.posterior(x).sample()[:, used]
+
     return codes[:, used], of_all(vae.encode, dataset.test)[:, used], drawn
 
 
