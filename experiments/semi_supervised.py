@@ -8,7 +8,7 @@ Expected: on MNIST with 100 / 600 / 1000 / 3000 labels M1 and a support vector m
           4.2 / 3.5 %, M2 12.0 / 4.9 / 3.6 / 3.9 %, M1+M2 3.3 / 2.6 / 2.4 / 2.2 % (Kingma et al.,
           2014, arXiv:1406.5298); the skip model 1.3 % with 100 (Maaloe et al., 2016,
           arXiv:1602.05473). M2 comes to that, and with convolutions below; M1+M2 and the skip
-          model stop earlier, on the way.
+          model fall short.
 
 Labels are balanced and drawn anew for each seed. Settings are the same for all numbers of labels,
 but for alpha, which goes with data per label in all models but M1+M2. Labelled data weigh a tenth
