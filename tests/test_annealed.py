@@ -1,6 +1,7 @@
 """Annealed importance sampling: p(x) without bias from both ends of the path, for any program."""
 
 import math
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -270,15 +271,15 @@ def test_another_estimator_is_judged_beside_annealing():
 @pytest.mark.parametrize(
     ("prior", "guide"),
     [
-        (priors.VampPrior((6,), 2, num_components=5), guides.Normal),
-        pytest.param(priors.Flow(2), guides.NeuralSplineCoupling, marks=pytest.mark.slow),
-        (priors.GaussianMixture(2, num_components=3), guides.FullRankNormal),
+        (partial(priors.VampPrior, (6,), 2, num_components=5), guides.Normal),
+        pytest.param(partial(priors.Flow, 2), guides.NeuralSplineCoupling, marks=pytest.mark.slow),
+        (partial(priors.GaussianMixture, 2, num_components=3), guides.FullRankNormal),
     ],
-    ids=lambda part: getattr(part, "__name__", type(part).__name__),
+    ids=lambda part: getattr(part, "func", part).__name__,
 )
 def test_vaes_of_all_kinds(prior, guide):
     net = nets.MLP(hidden=(8,))
-    vae = VAE(prior, likelihoods.Bernoulli((6,), 2, net), guide((6,), 2, net))
+    vae = VAE(prior(), likelihoods.Bernoulli((6,), 2, net), guide((6,), 2, net))
     x = (torch.rand(4, 6) < 0.5).float()
     result = log_px(vae.model, vae.guide, x, 400, method=Annealed(10, num_leapfrog=3), seed=0)
     truth = log_px(vae.model, vae.guide, x, method="exact")
